@@ -15,9 +15,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from papertrial.errors import UsageError
 
 FAMILIES = (
-    "architecture", "attention", "compression", "decoding", "evaluation", "finetuning", "in_context",
-    "interpretability", "multimodal", "optimization", "pretraining", "retrieval", "tokenization",
-)  # fmt: skip
+    "architecture",
+    "attention",
+    "compression",
+    "decoding",
+    "evaluation",
+    "finetuning",
+    "in_context",
+    "interpretability",
+    "multimodal",
+    "optimization",
+    "pretraining",
+    "retrieval",
+    "tokenization",
+)
 
 SCALES = ("smoke", "small", "gpu", "paper")
 
@@ -41,13 +52,21 @@ class Claim(BaseModel):
     method: ArmName
     metric: MetricName
     unit: str = Field(max_length=40, description="unit of the metric, empty for a pure number")
-    better: Literal["higher", "lower"] = Field("higher", description="direction in which the paper says the method goes")
-    relative: bool = Field(False, description="judge the effect in percent of the baseline instead of the metric's unit")
+    better: Literal["higher", "lower"] = Field(
+        "higher", description="direction in which the paper says the method goes"
+    )
+    relative: bool = Field(
+        False, description="judge the effect in percent of the baseline instead of the metric's unit"
+    )
     margin: float = Field(0.0, ge=0, description="smallest effect that counts, fixed before the run")
     margin_reason: str = Field(min_length=10, max_length=300, description="why that margin (or that tolerance)")
     tolerance: float | None = Field(None, ge=0, description="exact claims only")
-    controls: tuple[ArmName, ...] = Field((), description="further arms that the method must beat by the margin as well")
-    paper_figure: str = Field(min_length=1, max_length=300, description="the figure as the paper gives it, or 'unknown'")
+    controls: tuple[ArmName, ...] = Field(
+        (), description="further arms that the method must beat by the margin as well"
+    )
+    paper_figure: str = Field(
+        min_length=1, max_length=300, description="the figure as the paper gives it, or 'unknown'"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Claim":
@@ -118,9 +137,11 @@ class PaperCard(BaseModel):
         return self.published.year if isinstance(self.published, date) else int(self.published[:4])
 
 
-def papers_folder() -> Path:
-    """The folder that holds one folder per family, and in it one folder per paper."""
-    return Path(__file__).resolve().parent.parent / "papers"
+def papers_folders() -> list[Path]:
+    """The folders that hold one folder per family, one per paper in it: ours, and the user's if any."""
+    import papertrial.papers
+
+    return [Path(path) for path in papertrial.papers.__path__]
 
 
 def read_card(folder: Path) -> PaperCard:
@@ -147,7 +168,8 @@ def read_card(folder: Path) -> PaperCard:
 
 def paper_folders() -> list[Path]:
     """Every paper folder, sorted by slug."""
-    return sorted((toml.parent for toml in papers_folder().glob("*/*/paper.toml")), key=lambda folder: folder.name)
+    found = [toml.parent for folder in papers_folders() for toml in folder.glob("*/*/paper.toml")]
+    return sorted(found, key=lambda folder: folder.name)
 
 
 def read_cards() -> list[PaperCard]:

@@ -23,7 +23,7 @@ Metrics = dict[str, dict[str, float]]
 
 
 class PreconditionFailed(PapertrialError):
-    """The set-up cannot test the claim (the base model is too weak, the phenomenon is absent): undecided, not a number."""
+    """The set-up cannot test the claim (the base model is too weak, the effect is absent): undecided, not a number."""
 
 
 class ProgressListener:
@@ -71,6 +71,7 @@ class Trial:
         self.figures: list[dict[str, Any]] = []
         self.examples: list[dict[str, Any]] = []
         self.notes: dict[str, str | float] = {}
+        self.models: dict[str, str] = {}
         self._scratch = scratch
         self._progress = progress or ProgressListener()
 
@@ -81,7 +82,9 @@ class Trial:
         try:
             return self.parameters[parameter]
         except KeyError:
-            raise KeyError(f"scale {self.scale!r} of {self.slug} has no {parameter!r}; it has {sorted(self.parameters)}") from None
+            raise KeyError(
+                f"scale {self.scale!r} of {self.slug} has no {parameter!r}; it has {sorted(self.parameters)}"
+            ) from None
 
     @property
     def scratch(self) -> Path:
@@ -108,10 +111,12 @@ class Trial:
         return np.random.default_rng(self._stream(purpose))
 
     def checkpoint(self, default: str) -> "Checkpoint":
-        """The user's ``--model`` if one was given, else ``default`` (``house:prose``, a hub id, a folder), on the device."""
+        """The user's ``--model`` if one was given, else ``default`` (``house:prose``, a hub id ...), on the device."""
         from papertrial.lm.models import load
 
-        return load(self.requested_model or default, device=self.device)
+        checkpoint = load(self.requested_model or default, device=self.device)
+        self.models[checkpoint.name] = checkpoint.digest
+        return checkpoint
 
     # -- what the experiment reports -----------------------------------------------------------------------------
 
@@ -134,7 +139,7 @@ class Trial:
         return lambda done, total: self._progress.update(what, done, total)
 
     def log(self, curve: str, arm: str, x: float, y: float) -> None:
-        """Add a point to an arm's line of a curve, for example ``trial.log("validation loss", "adamw", step, loss)``."""
+        """Add a point to an arm's line of a curve, as in ``trial.log("validation loss", "adamw", step, loss)``."""
         self.curves.setdefault(curve, {}).setdefault(arm, []).append((float(x), float(y)))
 
     def figure(
@@ -160,22 +165,33 @@ class Trial:
 
         self.figures.append(
             figure_data(
-                name, caption=caption, kind=kind, x_label=x_label, y_label=y_label, series=series, x=x,
-                log_x=log_x, log_y=log_y,
+                name,
+                caption=caption,
+                kind=kind,
+                x_label=x_label,
+                y_label=y_label,
+                series=series,
+                x=x,
+                log_x=log_x,
+                log_y=log_y,
             )
-        )  # fmt: skip
+        )
 
     def example(self, title: str, prompt: str, outputs: Mapping[str, str]) -> None:
         """Keep what the arms produced on one input, for readers to see: ``outputs`` maps an arm to its text."""
         if len(self.examples) < 8:
-            self.examples.append({"title": title, "prompt": prompt[:2000], "outputs": {a: t[:2000] for a, t in outputs.items()}})
+            self.examples.append(
+                {"title": title, "prompt": prompt[:2000], "outputs": {a: t[:2000] for a, t in outputs.items()}}
+            )
 
     def note(self, name: str, value: str | float) -> None:
         """Keep a fact about the set-up that readers of the evidence need (a tuned learning rate, a parameter count)."""
         self.notes[name] = value
 
 
-def trial_parameters(slug: str, scales: Mapping[str, Mapping[str, Any]], scale: str) -> tuple[list[int], dict[str, Any]]:
+def trial_parameters(
+    slug: str, scales: Mapping[str, Mapping[str, Any]], scale: str
+) -> tuple[list[int], dict[str, Any]]:
     """Seeds and parameters of a scale of an experiment's ``SCALES``; ``seeds`` may be a count or a list."""
     if scale not in scales:
         raise UsageError(f"{slug} has no scale {scale!r}; it has {', '.join(scales)}")

@@ -1,0 +1,5 @@
+"""``python -m papertrial``."""
+
+from papertrial.cli import main
+
+main()

@@ -1,0 +1,260 @@
+"""``papertrial``: parses, calls a room, prints. Everything heavy is imported inside the command that needs it."""
+
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from papertrial.errors import PapertrialError, UsageError
+
+app = typer.Typer(
+    name="papertrial",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Papers on trial: find a language-model paper, run its method against its baseline, see whether the claim holds.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Slug = Annotated[str, typer.Argument(help="The paper: its slug, or its arXiv id.", show_default=False)]
+Scale = Annotated[str, typer.Option(help="smoke (seconds, plumbing only), small (minutes on 2 cores), gpu or paper.")]
+
+
+def main() -> None:
+    """Run the command line; an error that the user can mend is one line, never a traceback."""
+    try:
+        app()
+    except PapertrialError as error:
+        fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(0) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            fail(f"{error.strerror}: {error.filename or 'while writing'}; what was recorded before is intact")
+        raise
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    print(f"papertrial: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+@app.command()
+def run(
+    slug: Annotated[
+        str | None, typer.Argument(help="The paper: its slug, or its arXiv id.", show_default=False)
+    ] = None,
+    scale: Scale = "small",
+    model: Annotated[
+        str | None, typer.Option(help="Your checkpoint: a Hugging Face id, a local folder or house:NAME.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds, instead of the scale's own.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default 2.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Where to write the HTML report.")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Maintainers: keep the result as the paper's reference evidence.")
+    ] = False,
+    aged: Annotated[bool, typer.Option("--aged", help="Run every paper whose evidence is aged or stale.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not resume an interrupted run; start anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a paper on trial: its method against its baseline on the same work, with a computed verdict."""
+    from papertrial.lab.claim import find_card
+
+    if aged == (slug is not None):
+        raise UsageError("name one paper, or give --aged")
+    cards = _aged_cards(scale) if aged else [find_card(slug or "")]
+    for card in cards:
+        _run_one(card, scale, model, seeds, device, threads, report, record, fresh, as_json)
+
+
+def _aged_cards(scale: str) -> list[Any]:
+    from papertrial.lab.catalogue import standing
+    from papertrial.lab.claim import read_cards
+
+    standings = [standing(card) for card in read_cards() if card.on_trial]
+    return [s.card for s in standings if s.state in ("aged", "stale") and scale in s.evidence]
+
+
+def _run_one(
+    card: Any,
+    scale: str,
+    model: str | None,
+    seeds: int | None,
+    device: str | None,
+    threads: int | None,
+    report: Path | None,
+    record: bool,
+    fresh: bool,
+    as_json: bool,
+) -> None:
+    from papertrial.lab import runner, summary
+    from papertrial.lab.evidence import own_path, write_evidence
+    from papertrial.lab.report import write_report
+    from papertrial.terminal import LiveProgress, print_json, print_run
+
+    if record and (scale == "smoke" or model):
+        raise UsageError(
+            "only the experiment's own model at small, gpu or paper scale can be recorded as reference evidence"
+        )
+    plan = runner.plan_run(card, scale, model=model, seeds=seeds, device=device, threads=threads)
+    console, notes = _console(), _console(stderr=True)
+    again = (
+        f"papertrial run {card.slug} --scale {scale}"
+        + (f" --model {model}" if model else "")
+        + (f" --seeds {seeds}" if seeds else "")
+    )
+    kept = [] if fresh else runner.finished_seeds(plan)
+    notes.print(
+        f"[bold]{card.slug}[/] at {scale}: {len(plan.seeds)} seed(s), {plan.threads} thread(s), {plan.device}"
+        + (f"; {len(kept)} already finished" if kept else ""),
+        highlight=False,
+    )
+    try:
+        with LiveProgress(notes, len(plan.seeds)) as progress:
+            evidence = runner.run(plan, progress=progress, on_trial=progress.seed_finished, fresh=fresh)
+    except KeyboardInterrupt:
+        done = len(runner.finished_seeds(plan))
+        fail(f"stopped; {done} of {len(plan.seeds)} seeds are kept. Resume with: {again}", 130)
+    write_evidence(own_path(card.slug, scale, model), evidence)
+    path = write_report(card, evidence, report)
+    runner.discard(plan)
+    if record:
+        _record(card, scale, evidence)
+    if as_json:
+        print_json(summary.as_json(card, evidence) | {"report": str(path)})
+    else:
+        print_run(console, card, evidence, summary.judgements(card, evidence))
+        console.print(f"report: {path}", highlight=False, soft_wrap=True)
+
+
+def _record(card: Any, scale: str, evidence: Any) -> None:
+    from papertrial.lab.evidence import reference_path, write_evidence
+
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / "pyproject.toml").is_file():
+        raise UsageError("--record works in a checkout of the project only; your run is kept in the home folder")
+    write_evidence(reference_path(card, scale), evidence)
+
+
+@app.command()
+def show(slug: Slug, as_json: Json = False) -> None:
+    """A paper: what it claims, and the evidence there is."""
+    from papertrial.home import home
+    from papertrial.lab import summary
+    from papertrial.lab.catalogue import standing
+    from papertrial.lab.claim import find_card
+    from papertrial.lab.evidence import read_evidence
+    from papertrial.terminal import print_card, print_json, print_run
+
+    card = find_card(slug)
+    state = standing(card)
+    own = [read_evidence(path) for path in sorted((home() / "evidence" / card.slug).glob("*.json"))]
+    if as_json:
+        fields = card.model_dump(mode="json", exclude={"folder"})
+        print_json(
+            {
+                **fields,
+                "state": state.state,
+                "problems": state.problems,
+                "evidence": [summary.as_json(card, e) for e in state.evidence.values()],
+                "own_runs": [summary.as_json(card, e) for e in own],
+            }
+        )
+        return
+    console = _console()
+    print_card(console, card)
+    for label, found in (("Reference evidence", list(state.evidence.values())), ("Your runs", own)):
+        for evidence in found:
+            where = f"{evidence.scale}{f', {evidence.model}' if evidence.model else ''}"
+            console.rule(f"{label}: {where}, {evidence.recorded:%Y-%m-%d}", align="left")
+            print_run(console, card, evidence, summary.judgements(card, evidence))
+    console.print(f"\nLimits: {card.limits}", markup=False, highlight=False)
+    if card.finding:
+        console.print(f"Our reading: {card.finding}", markup=False, highlight=False)
+    if state.state == "not yet on trial":
+        console.print("[dim]not yet on trial: there is no method and experiment for it here[/]")
+    else:
+        console.print(f"\nPut it on trial: papertrial run {card.slug}", highlight=False)
+
+
+@app.command("list")
+def list_papers(
+    family: Annotated[str | None, typer.Option(help="Only this family, such as decoding.")] = None,
+    verdict: Annotated[str | None, typer.Option(help="Only upheld, contradicted or undecided headline claims.")] = None,
+    on_trial: Annotated[bool, typer.Option("--on-trial", help="Only papers that can be run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The papers in scope, with their verdicts."""
+    from papertrial.lab.catalogue import standing
+    from papertrial.lab.claim import FAMILIES, read_cards
+    from papertrial.lab.summary import judgement_json
+    from papertrial.terminal import print_json, print_standings
+
+    if family is not None and family not in FAMILIES:
+        raise UsageError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
+    if verdict is not None and verdict not in ("upheld", "contradicted", "undecided"):
+        raise UsageError(f"unknown verdict {verdict!r}; known: upheld, contradicted, undecided")
+    found = [standing(card) for card in read_cards() if family in (None, card.family)]
+    if on_trial:
+        found = [s for s in found if s.card.on_trial]
+    if verdict:
+        found = [s for s in found if s.judgements and s.judgements[0].word == verdict]
+    if as_json:
+        print_json(
+            [
+                {
+                    "slug": s.card.slug,
+                    "title": s.card.title,
+                    "family": s.card.family,
+                    "arxiv": s.card.arxiv,
+                    "state": s.state,
+                    "claims": [judgement_json(j) for j in s.judgements],
+                }
+                for s in found
+            ]
+        )
+        return
+    console = _console()
+    print_standings(console, found)
+    console.print(f"[dim]{len(found)} papers, {sum(s.card.on_trial for s in found)} on trial[/]")
+
+
+@app.command()
+def check(as_json: Json = False) -> None:
+    """Name every paper folder that is incomplete, stale or aged; exits with 1 if any is incomplete or stale."""
+    from papertrial.lab.catalogue import standing
+    from papertrial.lab.claim import read_cards
+    from papertrial.terminal import STATES, print_json
+
+    standings = [standing(card) for card in read_cards()]
+    wrong = [s for s in standings if s.state in ("incomplete", "stale")]
+    if as_json:
+        print_json([{"slug": s.card.slug, "state": s.state, "problems": s.problems} for s in standings])
+    else:
+        console = _console()
+        for s in standings:
+            if s.problems:
+                console.print(
+                    f"[{STATES[s.state]}]{s.state}[/] {s.card.slug}: {'; '.join(s.problems)}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+        counts = {state: sum(s.state == state for s in standings) for state in STATES}
+        console.print(", ".join(f"{n} {state}" for state, n in counts.items() if n), highlight=False)
+    if wrong:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""What the command line prints: tables, verdicts and live progress. No decisions are made here."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from papertrial.lab.trial import ProgressListener
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from papertrial.lab.catalogue import Standing
+    from papertrial.lab.claim import PaperCard
+    from papertrial.lab.evidence import Evidence, TrialRecord
+    from papertrial.lab.verdict import Judgement
+
+TONES = {"upheld": "green", "contradicted": "red", "undecided": "yellow"}
+STATES = {"fresh": "green", "aged": "yellow", "stale": "red", "incomplete": "red", "not yet on trial": "dim"}
+
+
+class LiveProgress(ProgressListener):
+    """A bar per running part of the trial, on standard error: what, how far, rate and time left."""
+
+    def __init__(self, console: Console, seeds: int) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            refresh_per_second=5,
+        )
+        self._seeds = self._bar.add_task("[bold]seeds", total=seeds, rate="")
+        self._parts: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "LiveProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def update(self, what: str, done: int, total: int | None) -> None:
+        if what not in self._parts:
+            self._parts[what] = self._bar.add_task(escape(what), total=total, rate="")
+        task = self._parts[what]
+        speed = self._bar.tasks[self._bar.task_ids.index(task)].speed
+        self._bar.update(task, completed=done, total=total, rate=f"{speed:,.3g}/s" if speed else "")
+
+    def seed_finished(self, record: "TrialRecord", resumed: bool) -> None:
+        for task in self._parts.values():
+            self._bar.remove_task(task)
+        self._parts.clear()
+        self._bar.advance(self._seeds)
+        state = "kept from the interrupted run" if resumed else f"{record.wall_seconds:.1f} s"
+        outcome = f" - [yellow]{escape(record.undecided)}[/]" if record.undecided else ""
+        self._bar.console.print(f"  seed {record.seed}: {state}{outcome}", highlight=False)
+
+
+def print_run(console: Console, card: "PaperCard", evidence: "Evidence", judged: Iterable["Judgement"]) -> None:
+    """The table that ends a run: metric, baseline, method, effect with interval, verdict with scale."""
+    from papertrial.lab.statistics import t_interval
+    from papertrial.lab.summary import interval_text, number
+
+    judged = list(judged)
+    table = Table(title=escape(card.title), title_justify="left", title_style="bold", show_lines=len(judged) > 1)
+    for heading in ("metric", "baseline", "method", "effect (plus is what the paper says)", "verdict"):
+        table.add_column(heading, overflow="fold")
+
+    def arm(name: str, metric: str) -> str:
+        values = evidence.values(name, metric)
+        return f"{name}\n{number(t_interval(values).mean)}" if values else name
+
+    for j in judged:
+        unit = f"\n({j.claim.unit})" if j.claim.unit else ""
+        bound = (
+            f"tolerance {number(j.claim.tolerance)}" if j.claim.kind == "exact" else f"margin {number(j.claim.margin)}"
+        )
+        effect = "\n".join(
+            [interval_text(j.effect, j.claim.effect_unit)]
+            + [f"against {name}: {interval_text(control, j.claim.effect_unit)}" for name, control in j.controls]
+            + [f"{bound} {j.claim.effect_unit}".rstrip()]
+        )
+        table.add_row(
+            escape(j.claim.metric + unit),
+            escape(arm(j.claim.baseline, j.claim.metric)),
+            escape(arm(j.claim.method, j.claim.metric)),
+            escape(effect),
+            f"[bold {TONES[j.word]}]{j.word}[/]\nat {j.scale}",
+        )
+    console.print(table)
+    claimed = {name for j in judged for name in (j.claim.baseline, j.claim.method)}
+    _print_other_arms(console, evidence, judged, claimed)
+    for j in judged:
+        console.print(f"[{TONES[j.word]}]{j.phrase}[/]: {escape(j.reason)}", highlight=False)
+
+
+def _print_other_arms(console: Console, evidence: "Evidence", judged: list["Judgement"], claimed: set[str]) -> None:
+    from papertrial.lab.statistics import t_interval
+    from papertrial.lab.summary import number
+
+    others = [arm for arm in evidence.arms if arm not in claimed]
+    metrics = list(dict.fromkeys(j.claim.metric for j in judged))
+    if not others:
+        return
+    table = Table(title="Further arms on the same work", title_justify="left", title_style="dim")
+    table.add_column("arm")
+    for metric in metrics:
+        table.add_column(escape(metric), justify="right")
+    for arm in others:
+        values = [evidence.values(arm, metric) for metric in metrics]
+        table.add_row(escape(arm), *[number(t_interval(v).mean) if v else "-" for v in values])
+    console.print(table)
+
+
+def print_card(console: Console, card: "PaperCard") -> None:
+    """Title, where to read it, what it says and what it claims."""
+    console.print(f"[bold]{escape(card.title)}[/]")
+    facts = [card.slug, card.family, str(card.published)]
+    if card.authors:
+        facts.append(f"{card.authors} author{'s' if card.authors != 1 else ''}")
+    if card.arxiv:
+        facts.append(f"https://arxiv.org/abs/{card.arxiv}")
+    if card.code:
+        facts.append(card.code)
+    console.print("[dim]" + escape("  ·  ".join(facts)) + "[/]", highlight=False, soft_wrap=True)
+    console.print(escape(card.summary))
+    for i, claim in enumerate(card.claim):
+        console.print(
+            f"\n[bold]{'Headline claim' if i == 0 else f'Claim {i + 1}'}[/] {escape(claim.statement)}\n"
+            f"[dim]{claim.method} against {claim.baseline} on {escape(claim.metric)}; in the paper: "
+            f"{escape(claim.paper_figure)}[/]",
+            highlight=False,
+        )
+
+
+def print_standings(console: Console, standings: Iterable["Standing"]) -> None:
+    """The list of papers: slug, family, verdict of the headline claim, state of the evidence."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("paper", "family", "year", "headline verdict", "evidence"):
+        table.add_column(heading)
+    table.add_column("title", overflow="ellipsis", no_wrap=True)
+    for s in standings:
+        headline = s.judgements[0] if s.judgements else None
+        verdict = f"[{TONES[headline.word]}]{headline.phrase}[/]" if headline else ""
+        table.add_row(
+            s.card.slug,
+            s.card.family,
+            str(s.card.year),
+            verdict,
+            f"[{STATES[s.state]}]{s.state}[/]",
+            escape(s.card.title),
+        )
+    console.print(table)
+
+
+def print_json(data: Any) -> None:
+    """JSON on standard output, for programs."""
+    import json
+
+    print(json.dumps(data, indent=2, ensure_ascii=False))

@@ -31,7 +31,7 @@ __all__ = [
     "IGNORED",
     "Batch",
     "Loss",
-    "NonFiniteLoss",
+    "NonFiniteLossError",
     "Schedule",
     "StepReport",
     "TrainingReport",
@@ -51,8 +51,8 @@ logger = logging.getLogger(__name__)
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
-class NonFiniteLoss(ArithmeticError):
-    """The loss or the gradient of a step was not a number or infinite; ``step`` is 1-based. The weights are as before it."""
+class NonFiniteLossError(ArithmeticError):
+    """The loss or gradient of step ``step`` (from 1) was infinite or not a number. The weights are as before that step."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -169,8 +169,8 @@ def train(
         r-th, so that w processes at ``accumulate=a`` compute what one process does at ``accumulate=w*a``.
     optimizer : an optimiser, or a function from the list of trainable parameters to one (see ``adamw``).
     schedule : factor on every group's learning rate at step 0, 1, ...; None keeps it constant.
-    loss : ``loss(model, batch)`` gives a ``Loss`` (sum and weight), or a scalar tensor, which counts as a mean of weight
-        1. Use the model that is passed in: it may be wrapped. Default ``causal_loss``.
+    loss : ``loss(model, batch)`` gives a ``Loss`` (sum and weight), or a scalar tensor, which counts as a mean of
+        weight 1. Use the model that is passed in: it may be wrapped. Default ``causal_loss``.
     penalties : terms added to the mean loss of every micro-batch, each ``f(model, batch) -> scalar tensor``, called
         after ``loss`` (so they may read activations that hooks captured); reported by name.
     clip_norm : bound on the Euclidean norm of the gradient; None does not clip.
@@ -195,7 +195,7 @@ def train(
 
     Raises
     ------
-    NonFiniteLoss
+    NonFiniteLossError
         Naming the step; the update is not made.
     ValueError
         For unusable arguments, batches that end too early, a step without any target, or a checkpoint of another run.
@@ -297,7 +297,7 @@ class _Stream:
         except StopIteration:
             if self.one_shot:
                 raise ValueError(
-                    f"batches ended after {self.taken} micro-batches; give an endless iterator or one that can be restarted"
+                    f"batches ended after {self.taken} micro-batches; give an endless iterator, or a list to go round"
                 ) from None
             self.iterator = iter(self.batches)
             try:
@@ -362,7 +362,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         total, weight, parts = self._accumulate_gradients(step, stream)
         if not math.isfinite(total):
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 f"the loss of step {step + 1} is {total}; lower the learning rate or look at that batch", step + 1
             )
         grad_norm = self._clip(step)
@@ -397,9 +397,9 @@ class _Run:
         weight, *values = row.tolist()
         if not weight > 0:
             raise ValueError(
-                f"step {step + 1} has no target: every label of its batches is {IGNORED}, or the weights sum to {weight}"
+                f"step {step + 1} has no target: all its labels are {IGNORED}, or its weights sum to {weight}"
             )
-        # the backward passes summed over targets (and averaged over processes); the step needs the mean over all targets
+        # the backward passes summed over targets and averaged over processes; the step is the mean over all targets
         scale = self.accelerator.num_processes / weight
         for parameter in self.parameters:
             if parameter.grad is not None:
@@ -436,7 +436,7 @@ class _Run:
         norm = self.accelerator.clip_grad_norm_(self.parameters, bound) if bound < math.inf else _norm(self.parameters)
         grad_norm = float(norm) if norm is not None else 0.0
         if not math.isfinite(grad_norm):
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 f"the gradient of step {step + 1} has norm {grad_norm}, though its loss is finite", step + 1
             )
         return grad_norm

@@ -1,4 +1,4 @@
-"""The training loop's place on disk: everything that the next step depends on, in one file that is never half written."""
+"""The training loop's place on disk: all that the next step depends on, in one file that is never half written."""
 
 import os
 import tempfile
@@ -78,7 +78,7 @@ def restore(thing: Any, state: Any) -> None:
 
 
 def model_and_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, processes: int) -> dict[str, Any]:
-    """Their states. Over several processes the full, unsharded state arrives on the first process (a collective call)."""
+    """Their states. Over several processes: a collective call; the first gets the full, unsharded state."""
     if processes == 1:
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict

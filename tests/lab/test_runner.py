@@ -1,0 +1,225 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from papertrial.errors import PapertrialError, UsageError
+from papertrial.lab import runner
+from papertrial.lab.evidence import read_evidence, write_atomically, write_evidence
+from papertrial.lab.report import render
+from papertrial.lab.trial import Trial
+from papertrial.lab.verdict import judge
+
+
+def papertrial(*arguments, papers, home, **environment):
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "papertrial", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PAPERTRIAL_PAPERS": str(papers), "PAPERTRIAL_HOME": str(home), **environment},
+    )
+
+
+def test_a_run_gives_every_seed_every_arm_and_a_verdict(toy):
+    evidence = runner.run(runner.plan_run(toy, "small"))
+    assert [t.seed for t in evidence.trials] == [0, 1, 2, 3]
+    assert evidence.arms == ["plain", "added", "control"]
+    assert judge(toy.headline, evidence).word == "upheld"
+    assert evidence.trials[0].curves["loss"]["plain"] == [(float(i), 5.0 - i) for i in range(5)]
+    assert "lab/trial.py" in evidence.trials[0].substrate
+
+
+def test_the_same_seed_gives_the_same_numbers(toy):
+    first, second = (runner.run(runner.plan_run(toy, "small", seeds=2), fresh=True) for _ in range(2))
+    assert [t.metrics for t in first.trials] == [t.metrics for t in second.trials]
+    assert first.trials[0].metrics != first.trials[1].metrics
+
+
+def test_more_seeds_than_the_scale_has_go_on_counting(toy):
+    assert runner.plan_run(toy, "small", seeds=6).seeds == (0, 1, 2, 3, 4, 5)
+    assert runner.plan_run(toy, "small", seeds=2).seeds == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"), [("nan", "diverged"), ("arm", "needs score of arm added"), ("metric", "it has other")]
+)
+def test_what_is_not_evidence_is_a_failed_trial(toy, monkeypatch, mode, says):
+    monkeypatch.setenv("TOY_MODE", mode)
+    with pytest.raises(runner.TrialFailed, match=says):
+        runner.run(runner.plan_run(toy, "smoke"))
+
+
+def test_a_failed_precondition_is_recorded_with_its_reason(toy, monkeypatch):
+    monkeypatch.setenv("TOY_MODE", "weak")
+    evidence = runner.run(runner.plan_run(toy, "small"))
+    judged = judge(toy.headline, evidence)
+    assert judged.word == "undecided"
+    assert "10 % where 90 %" in judged.reason
+
+
+def test_a_second_run_resumes_finished_seeds_and_fresh_does_not(toy, monkeypatch, tmp_path):
+    log = tmp_path / "log"
+    monkeypatch.setenv("TOY_LOG", str(log))
+    plan = runner.plan_run(toy, "small")
+    runner.run(runner.plan_run(toy, "small", seeds=2))
+    runner.run(plan)
+    assert log.read_text().split() == ["0", "1", "2", "3"]
+    runner.run(plan, fresh=True)
+    assert log.read_text().split() == ["0", "1", "2", "3"] * 2
+
+
+def test_a_damaged_record_is_run_again(toy):
+    plan = runner.plan_run(toy, "small")
+    runner.run(plan)
+    (plan.folder / "seed-2.json").write_text('{"seed": 2, "metr')
+    assert runner.finished_seeds(plan) == [0, 1, 3]
+    assert len(runner.run(plan).trials) == 4
+
+
+def test_a_changed_parameter_or_method_does_not_resume(toy):
+    plan = runner.plan_run(toy, "small")
+    runner.run(plan)
+    (toy.folder / "method.py").write_text("ADD = 2\n")
+    assert runner.finished_seeds(runner.plan_run(toy, "small")) == []
+
+
+def test_unknown_scale_and_missing_device_are_named(toy):
+    with pytest.raises(UsageError, match="known: smoke, small, gpu, paper"):
+        runner.plan_run(toy, "tiny")
+    with pytest.raises(UsageError, match="no scale 'paper'"):
+        runner.plan_run(toy, "paper")
+    with pytest.raises(UsageError, match="cannot be used"):
+        runner.plan_run(toy, "small", device="cuda:99")
+
+
+def test_experiments_read_parameters_by_name(toy):
+    trial = Trial("toy", "small", 0, {"steps": 3})
+    assert trial["steps"] == 3
+    with pytest.raises(KeyError, match="it has \\['steps'\\]"):
+        trial["stepz"]
+
+
+def test_streams_differ_by_purpose_and_seed_only():
+    draws = {
+        (seed, purpose): Trial("toy", "small", seed, {}).generator(purpose).initial_seed()
+        for seed in (0, 1)
+        for purpose in ("data", "init")
+    }
+    assert len(set(draws.values())) == 4
+    assert draws[0, "data"] == Trial("toy", "gpu", 0, {}).generator("data").initial_seed()
+
+
+def test_evidence_survives_a_round_trip_and_damage_is_named(toy, tmp_path):
+    evidence = runner.run(runner.plan_run(toy, "smoke"))
+    path = tmp_path / "evidence" / "smoke.json"
+    write_evidence(path, evidence)
+    assert read_evidence(path) == evidence
+    path.write_text(path.read_text().replace('"slug"', '"slag"'))
+    with pytest.raises(PapertrialError, match="is not evidence"):
+        read_evidence(path)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
+    target = tmp_path / "file.json"
+    write_atomically(target, "old")
+    with pytest.raises(PapertrialError, match="cannot write /dev/full/x"):
+        write_atomically(type(target)("/dev/full/x"), "new")
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_report_is_self_contained_and_escapes_what_models_wrote(toy):
+    page = render(toy, runner.run(runner.plan_run(toy, "small")))
+    assert "<script" not in page
+    assert "1 &lt;b&gt;&amp;" in page
+    assert "upheld" in page
+    assert "<svg" in page
+    assert "default-src 'none'" in page
+    assert "papertrial run toy --scale small --seeds 4" in page
+
+
+def test_the_command_ends_in_a_table_a_verdict_and_a_report(toy_papers, tmp_path):
+    done = papertrial("run", "toy", papers=toy_papers, home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    assert "upheld" in done.stdout
+    assert all(word in done.stdout for word in ("metric", "baseline", "method", "effect", "margin 0.5", "at small"))
+    assert (tmp_path / "home/reports/toy-small.html").is_file()
+    as_json = papertrial("run", "toy", "--json", papers=toy_papers, home=tmp_path / "home")
+    data = json.loads(as_json.stdout)
+    assert data["claims"][0]["verdict"] == "upheld"
+    assert data["arms"]["control"]["score"]["mean"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "code"),
+    [
+        (["run", "toi"], "did you mean toy", 2),
+        (["run", "toy", "--scale", "huge"], "unknown scale 'huge'", 2),
+        (["run", "toy", "--seeds", "0"], "--seeds must lie in 1..1000", 2),
+        (["run", "toy", "--record", "--scale", "smoke"], "can be recorded", 2),
+        (["show", "2101.00001"], "no paper in scope has the arXiv id", 2),
+        (["list", "--family", "cooking"], "unknown family 'cooking'", 2),
+    ],
+)
+def test_mistakes_are_one_line_with_an_exit_code(toy_papers, tmp_path, arguments, says, code):
+    done = papertrial(*arguments, papers=toy_papers, home=tmp_path / "home")
+    assert done.returncode == code
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def _start(toy_papers, home, log, pause="0.05"):
+    return subprocess.Popen(
+        [sys.executable, "-m", "papertrial", "run", "toy"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "PAPERTRIAL_PAPERS": str(toy_papers),
+            "PAPERTRIAL_HOME": str(home),
+            "TOY_LOG": str(log),
+            "TOY_PAUSE": pause,
+        },
+    )
+
+
+def _wait_for_lines(path, count):
+    deadline = time.monotonic() + 60
+    while not (path.exists() and len(path.read_text().split()) >= count):
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.02)
+
+
+def test_kill_9_loses_no_finished_trial(toy_papers, tmp_path):
+    home, log = tmp_path / "home", tmp_path / "log"
+    process = _start(toy_papers, home, log)
+    _wait_for_lines(log, 2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = sorted(path.name for path in (home / "runs/toy").glob("*/seed-*.json"))
+    assert "seed-0.json" in kept
+    done = papertrial("run", "toy", papers=toy_papers, home=home, TOY_LOG=str(log))
+    assert done.returncode == 0, done.stderr
+    assert log.read_text().split().count("0") == 1
+
+
+def test_ctrl_c_says_how_to_resume_and_two_runs_at_once_are_refused(toy_papers, tmp_path):
+    home, log = tmp_path / "home", tmp_path / "log"
+    process = _start(toy_papers, home, log, pause="0.3")
+    _wait_for_lines(log, 1)
+    second = papertrial("run", "toy", papers=toy_papers, home=home)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert second.returncode == 3
+    assert "another run of toy is in progress" in second.stderr
+    assert process.returncode == 130
+    assert "Resume with: papertrial run toy --scale small" in stderr
+    assert "Traceback" not in stderr

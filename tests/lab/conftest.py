@@ -11,8 +11,8 @@ from papertrial.lab.evidence import Environment, Evidence, TrialRecord
 CARD = """
 title = "A toy paper about adding one"
 published = "2024-01"
-summary = """It adds a number to another number, and says that the sum is larger than what one began with.
-This summary is long enough for a card to be valid, and says nothing."""
+summary = "It adds a number to another number, and says that the sum is larger than what one began with.\\n\
+This summary is long enough for a card to be valid, and says nothing."
 limits = "Nothing about language models can be learned from a toy like this one."
 [[claim]]
 statement = "The method scores more than its baseline on the toy score."

@@ -52,7 +52,7 @@ OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss or gradient of step ``step`` (from 1) was infinite or not a number. The weights are as before that step."""
+    """The loss or gradient of step ``step`` (from 1) was infinite or not a number; the weights are as before it."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)

@@ -92,7 +92,9 @@ def print_run(console: Console, card: "PaperCard", evidence: "Evidence", judged:
     for j in judged:
         unit = f"\n({j.claim.unit})" if j.claim.unit else ""
         bound = (
-            f"tolerance {number(j.claim.tolerance)}" if j.claim.kind == "exact" else f"margin {number(j.claim.margin)}"
+            f"tolerance {number(j.claim.tolerance)}"
+            if j.claim.kind == "exact"
+            else f"margin {number(j.claim.threshold)}"
         )
         effect = "\n".join(
             [interval_text(j.effect, j.claim.effect_unit)]

@@ -80,6 +80,15 @@ def test_a_control_must_be_beaten_as_well(claim, make_evidence):
     assert "control" in beaten.reason
 
 
+def test_no_worse_allows_a_loss_within_the_margin_and_any_gain(claim, make_evidence):
+    no_worse = claim.model_copy(update={"kind": "no_worse"})
+    level = {"plain": [5, 5, 5]}
+    assert judge(no_worse, make_evidence(level | {"added": [4.9, 4.8, 4.9]})).word == "upheld"
+    assert judge(no_worse, make_evidence(level | {"added": [9, 9, 9.5]})).word == "upheld"
+    assert judge(no_worse, make_evidence(level | {"added": [3.5, 3.6, 3.5]})).word == "contradicted"
+    assert judge(no_worse, make_evidence(level | {"added": [4.9, 3.5, 5.5]})).word == "undecided"
+
+
 def test_exact_claims_hold_within_their_tolerance_in_every_seed(claim, make_evidence):
     exact = claim.model_copy(update={"kind": "exact", "margin": 0.0, "tolerance": 0.01})
     assert judge(exact, make_evidence({"plain": [1, 1, 1], "added": [1, 1.009, 0.995]})).word == "upheld"

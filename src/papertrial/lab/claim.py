@@ -40,14 +40,15 @@ class Claim(BaseModel):
     """One assertion: the method arm against the baseline arm, on one metric.
 
     The effect of a seed is ``method - baseline`` (``relative = true``: in percent of the baseline's absolute value),
-    signed so that plus is what the paper says. An ``exact`` claim instead holds while ``|method - baseline|`` stays
-    within ``tolerance`` in every seed.
+    signed so that plus is what the paper says. A ``no_worse`` claim ("matches", "without loss") needs the effect to lie
+    above minus the margin, so that a gain counts as well. An ``exact`` claim ("lossless", "equivalent") holds while
+    ``|method - baseline|`` stays within ``tolerance`` in every seed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
 
     statement: str = Field(min_length=20, max_length=400)
-    kind: Literal["effect", "exact"] = "effect"
+    kind: Literal["effect", "no_worse", "exact"] = "effect"
     baseline: ArmName
     method: ArmName
     metric: MetricName
@@ -58,7 +59,7 @@ class Claim(BaseModel):
     relative: bool = Field(
         False, description="judge the effect in percent of the baseline instead of the metric's unit"
     )
-    margin: float = Field(0.0, ge=0, description="smallest effect that counts, fixed before the run")
+    margin: float = Field(0.0, ge=0, description="smallest effect (or loss) that counts, fixed before the run")
     margin_reason: str = Field(min_length=10, max_length=300, description="why that margin (or that tolerance)")
     tolerance: float | None = Field(None, ge=0, description="exact claims only")
     controls: tuple[ArmName, ...] = Field(
@@ -74,16 +75,23 @@ class Claim(BaseModel):
             raise ValueError(f"baseline and method are the same arm {self.method!r}")
         if self.kind == "exact" and self.tolerance is None:
             raise ValueError("an exact claim needs a tolerance")
-        if self.kind == "effect" and self.tolerance is not None:
+        if self.kind != "exact" and self.tolerance is not None:
             raise ValueError("tolerance belongs to exact claims only")
         if self.kind == "exact" and (self.margin or self.controls or self.relative):
-            raise ValueError("margin, controls and relative belong to effect claims only")
+            raise ValueError("margin, controls and relative do not belong to exact claims")
+        if self.kind == "no_worse" and not self.margin:
+            raise ValueError("a no_worse claim needs a margin: the largest loss that does not count")
         return self
 
     @property
     def arms(self) -> tuple[str, ...]:
         """Every arm that a trial must return for this claim."""
         return (self.baseline, self.method, *self.controls)
+
+    @property
+    def threshold(self) -> float:
+        """What the whole interval of the effect must lie above."""
+        return -self.margin if self.kind == "no_worse" else self.margin
 
     @property
     def effect_unit(self) -> str:

@@ -80,11 +80,11 @@ def judge(claim: Claim, evidence: Evidence) -> Judgement:
 
 def _weigh(claim: Claim, effect: Interval, controls: dict[str, Interval]) -> tuple[Word, str]:
     against = {claim.baseline: effect, **controls}
-    margin = f"the margin of {claim.margin:g} {claim.effect_unit}".rstrip()
-    below = [arm for arm, interval in against.items() if interval.high < claim.margin]
+    margin = f"the margin of {claim.threshold:g} {claim.effect_unit}".rstrip()
+    below = [arm for arm, interval in against.items() if interval.high < claim.threshold]
     if below:
         return "contradicted", f"against {' and '.join(below)} the whole interval lies below {margin}"
-    unclear = [arm for arm, interval in against.items() if not interval.low > claim.margin]
+    unclear = [arm for arm, interval in against.items() if not interval.low > claim.threshold]
     if unclear:
         return "undecided", f"against {' and '.join(unclear)} the interval does not clear {margin}"
     return "upheld", f"against {' and '.join(against)} the whole interval lies above {margin}"

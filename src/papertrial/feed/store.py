@@ -425,6 +425,8 @@ def _paper(row: Any) -> Paper:
     for name in ("authors", "categories", "keywords"):
         values[name] = tuple(values[name])
     values["key"] = paper_key(values["arxiv_id"], values["title"])
+    if values["pdf_url"] is None and values["arxiv_id"]:
+        values["pdf_url"] = f"https://arxiv.org/pdf/{values['arxiv_id']}"
     for name in ("first_seen", "updated"):
         values[name] = values[name].replace(tzinfo=UTC)
     return Paper(**values)

@@ -115,8 +115,8 @@ def _blocks(text: str) -> list[_Block]:
     current: list[str] = []
     start = 0
     for number, raw in enumerate([*text.split("\n"), ""], start=1):
-        line = raw.strip(" \t\u00a0\u200b")
-        if line and not (len(current) == 0 and not line.strip("\x00")):
+        line = " ".join(raw.replace("\x00", " ").replace("\u200b", "").split())
+        if line:
             if not current:
                 start = number
             current.append(line)
@@ -219,7 +219,7 @@ class _Reader:
             self.headings.append((block.line, match))
 
     def _number(self, block: _Block, _following: Sequence[_Block]) -> None:
-        count = _count(block.text.strip(_BULLETS))
+        count = count_of(block.text.strip(_BULLETS))
         if self.open is not None and (self.open.closed or self.open.submitted):
             self.open.comments = count
         elif self.open is None:
@@ -284,11 +284,17 @@ class _Reader:
         self.entries.append(entry)
 
 
-def _count(text: str) -> int:
-    """``12`` or ``1.2k``."""
-    if text[-1] in "kK":
-        return int(float(text[:-1]) * 1000)
-    return int(text)
+def count_of(text: str) -> int | None:
+    """The number that a count shows: ``12`` or ``1.2k``; None where the text is not a count."""
+    if not _NUMBER.fullmatch(text):
+        return None
+    return round(float(text[:-1]) * 1000) if text[-1] in "kK" else int(text)
+
+
+def day_of(text: str) -> date | None:
+    """The day that a foot line such as ``Oct 9, 2018 3`` shows; None where it shows none."""
+    parts = (_DATE.fullmatch(part.strip(_BULLETS)) for part in _SEPARATORS.split(text))
+    return next((day for match in parts if match and (day := _calendar_day(match, int(match["year"])))), None)
 
 
 def _calendar_day(match: re.Match[str], year: int) -> date | None:

@@ -14,10 +14,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Papers on trial: find a language-model paper, run its method against its baseline, see whether the claim holds.",
+    help="Papers on trial: find a language-model paper, run its method against its baseline, see if the claim holds.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Database = Annotated[str | None, typer.Option(help="Database URL; default, SQLite in the home folder.")]
 Slug = Annotated[str, typer.Argument(help="The paper: its slug, or its arXiv id.", show_default=False)]
 Scale = Annotated[str, typer.Option(help="smoke (seconds, plumbing only), small (minutes on 2 cores), gpu or paper.")]
 
@@ -253,6 +254,102 @@ def check(as_json: Json = False) -> None:
         counts = {state: sum(s.state == state for s in standings) for state in STATES}
         console.print(", ".join(f"{n} {state}" for state, n in counts.items() if n), highlight=False)
     if wrong:
+        raise typer.Exit(1)
+
+
+@app.command()
+def search(
+    query: Annotated[
+        str, typer.Argument(help="Words, a title, a sentence, a slug or an arXiv id.", show_default=False)
+    ],
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many papers to show.")] = 10,
+    family: Annotated[str | None, typer.Option(help="Only this family, such as decoding.")] = None,
+    since: Annotated[str | None, typer.Option(help="Only papers published on this day (YYYY-MM-DD) or later.")] = None,
+    in_scope: Annotated[bool, typer.Option("--in-scope", help="Only papers that have a card here.")] = False,
+    mode: Annotated[str, typer.Option(help="hybrid (words and meaning), lexical or dense.")] = "hybrid",
+    database: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Find papers in the catalogue."""
+    from papertrial.feed.catalogue import Catalogue
+    from papertrial.feed.lexical import Filters
+    from papertrial.terminal import found_json, print_found, print_json
+
+    notes = _console(stderr=True)
+    catalogue = Catalogue(database)
+    filters = Filters(families=[family] if family else None, since=_day(since, "--since"), in_scope=in_scope or None)
+    notices = [_prepare(catalogue, notes)]
+    found = catalogue.search(query, limit, mode, filters)  # type: ignore[arg-type]
+    notices.append(found.notice)
+    if as_json:
+        print_json(found_json(found))
+    else:
+        print_found(_console(), found)
+    for notice in filter(None, notices):
+        notes.print(f"[yellow]note:[/] {notice.message}", highlight=False)
+
+
+def _prepare(catalogue: Any, notes: Any) -> Any:
+    """Bring the catalogue up to date, with a line of progress where there is something to encode."""
+    if not notes.is_terminal:
+        return catalogue.prepare()
+    with notes.status("updating the search index") as status:
+        return catalogue.prepare(lambda done: status.update(f"updating the search index: {done:,} papers"))
+
+
+def _day(text: str | None, option: str) -> Any:
+    from datetime import date
+
+    try:
+        return date.fromisoformat(text) if text is not None else None
+    except ValueError:
+        raise UsageError(f"{option} is {text!r}; a day is written YYYY-MM-DD") from None
+
+
+@app.command()
+def ingest(
+    source: Annotated[list[str], typer.Argument(help="Saved pages, feeds or API replies; or arxiv, or huggingface.")],
+    since: Annotated[
+        str | None, typer.Option(help="arxiv, huggingface: from this day on; default, go on from last time.")
+    ] = None,
+    category: Annotated[
+        list[str] | None, typer.Option(help="arxiv: categories such as cs.CL; may be repeated.")
+    ] = None,
+    bulk: Annotated[bool, typer.Option("--bulk", help="arxiv: harvest the whole subject over OAI-PMH.")] = False,
+    database: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Take papers into the catalogue, from files or from arXiv and Hugging Face."""
+    from papertrial.feed.catalogue import Catalogue
+    from papertrial.feed.ingest import ingest_files
+    from papertrial.terminal import print_json, print_problems
+
+    first = _day(since, "--since")
+    catalogue = Catalogue(database)
+    if source == ["arxiv"]:
+        from papertrial.feed.fetch_arxiv import fetch_arxiv, fetch_arxiv_bulk
+
+        report = (
+            fetch_arxiv_bulk(catalogue.store, first)
+            if bulk
+            else fetch_arxiv(catalogue.store, first, category or ["cs.CL"])
+        )
+    elif source == ["huggingface"]:
+        from papertrial.feed.fetch_huggingface import fetch_huggingface
+
+        report = fetch_huggingface(catalogue.store, first)
+    else:
+        if since or category or bulk:
+            raise UsageError("--since, --category and --bulk belong to `ingest arxiv` and `ingest huggingface`")
+        report = ingest_files(catalogue.store, source)
+    notes = _console(stderr=True)
+    _prepare(catalogue, notes)
+    if as_json:
+        print_json({name: getattr(report, name) for name in ("added", "updated", "unchanged", "problems")})
+    else:
+        print(f"{report.added} added, {report.updated} updated, {report.unchanged} unchanged")
+        print_problems(notes, report.problems)
+    if report.problems:
         raise typer.Exit(1)
 
 

@@ -12,6 +12,7 @@ from papertrial.lab.trial import ProgressListener
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from papertrial.feed.catalogue import Found
     from papertrial.lab.catalogue import Standing
     from papertrial.lab.claim import PaperCard
     from papertrial.lab.evidence import Evidence, TrialRecord
@@ -172,6 +173,55 @@ def print_standings(console: Console, standings: Iterable["Standing"]) -> None:
             escape(s.card.title),
         )
     console.print(table)
+
+
+def print_found(console: Console, found: "Found") -> None:
+    """Search hits: rank, title, year, where it stands, and the first words of what it is about."""
+    if not found.papers:
+        console.print("nothing found")
+    for rank, (hit, paper) in enumerate(zip(found.result.hits, found.papers, strict=True), start=1):
+        about = paper.summary or paper.abstract or ""
+        facts = [
+            paper.slug or paper.arxiv_id or "",
+            str(paper.published.year) if paper.published else "",
+            paper.family or "",
+        ]
+        console.print(f"[bold]{rank:>2}  {escape(paper.title)}[/]", highlight=False)
+        console.print(
+            f"    [cyan]{escape('  ·  '.join(filter(None, facts)))}[/]  [dim]score {hit.score:.2f}[/]", highlight=False
+        )
+        if about:
+            console.print(f"    [dim]{escape(about[:150].rsplit(' ', 1)[0])} ...[/]", highlight=False, soft_wrap=True)
+
+
+def found_json(found: "Found") -> dict[str, Any]:
+    """Search hits for programs."""
+    return {
+        "mode": found.result.mode,
+        "took_ms": round(found.result.took_ms, 2),
+        "notice": found.notice.message if found.notice else None,
+        "hits": [
+            {
+                "score": round(hit.score, 6),
+                "bm25": hit.lexical,
+                "cosine": hit.dense,
+                "slug": paper.slug,
+                "arxiv": paper.arxiv_id,
+                "title": paper.title,
+                "published": paper.published.isoformat() if paper.published else None,
+                "family": paper.family,
+            }
+            for hit, paper in zip(found.result.hits, found.papers, strict=True)
+        ],
+    }
+
+
+def print_problems(console: Console, problems: list[str]) -> None:
+    """What could not be read, a line each; the first twenty."""
+    for problem in problems[:20]:
+        console.print(f"[yellow]not read:[/] {escape(problem)}", highlight=False, soft_wrap=True)
+    if len(problems) > 20:
+        console.print(f"... and {len(problems) - 20} more")
 
 
 def print_json(data: Any) -> None:

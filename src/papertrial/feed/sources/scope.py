@@ -3,6 +3,7 @@
 A card is validated in full by the lab; here it is read for what a catalogue shows, and one bad card costs itself only.
 """
 
+import os
 import tomllib
 from datetime import date
 from pathlib import Path
@@ -16,23 +17,26 @@ from papertrial.feed.sources.parsed import Parsed
 MAX_CARD_BYTES = 1_000_000
 
 
-def papers_folder() -> Path:
-    """The folder that holds a folder a family, and in it a folder a paper."""
-    return Path(papertrial.__file__).resolve().parent / "papers"
+def card_paths(folder: Path | None = None) -> list[Path]:
+    """Every card, sorted by slug: under ``folder``, or of the package and of the user's own ``PAPERTRIAL_PAPERS``."""
+    roots = [folder] if folder else [Path(papertrial.__file__).resolve().parent / "papers"]
+    if folder is None and os.environ.get("PAPERTRIAL_PAPERS"):
+        roots.append(Path(os.environ["PAPERTRIAL_PAPERS"]))
+    found = [path for root in roots for path in root.glob("*/*/paper.toml")]
+    return sorted(found, key=lambda card: card.parent.name)
 
 
 def parse_scope(folder: Path | None = None) -> Parsed:
     """Read every card under a papers folder (default: the installed one), sorted by slug."""
     parsed = Parsed("card")
-    root = folder or papers_folder()
-    for path in sorted(root.glob("*/*/paper.toml"), key=lambda card: card.parent.name):
+    for path in card_paths(folder):
         _read_card(parsed, path)
     return parsed
 
 
 def slugs_in_scope(folder: Path | None = None) -> set[str]:
     """The slugs of all cards, also of those that cannot be read: a typing error must not take a paper out of scope."""
-    return {path.parent.name for path in (folder or papers_folder()).glob("*/*/paper.toml")}
+    return {path.parent.name for path in card_paths(folder)}
 
 
 def _read_card(parsed: Parsed, path: Path) -> None:

@@ -17,7 +17,7 @@ from sqlalchemy import (
 )
 
 #: The revision that the code expects the database to be at: the newest file in `migrations/versions`.
-HEAD = "0001"
+HEAD = "0002"
 
 metadata = MetaData()
 
@@ -127,3 +127,6 @@ fetch_cursors = Table(
     Column("value", JSON, nullable=False),
     Column("updated", DateTime, nullable=False),
 )
+
+# The people's tables belong to the same metadata, whoever opens the database.
+import papertrial.feed.people_schema  # noqa: E402, F401

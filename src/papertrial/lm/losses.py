@@ -63,7 +63,8 @@ def causal_loss(model: nn.Module, batch: Batch) -> Loss:
         # transformers reads positions that jump, without a mask, as several packed sequences and cuts attention there
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     logits = model(**inputs, use_cache=False).logits  # (B, T, V)
-    return token_cross_entropy(logits[:, :-1], labels[:, 1:])
+    # shift the labels, not the logits: a slice of (B, T, V) would be copied
+    return token_cross_entropy(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED))
 
 
 def masked_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Loss:

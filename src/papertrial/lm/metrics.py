@@ -123,7 +123,7 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins of [0, 1], weighted by bin size (arXiv 1706.04599)."""
+    """Mean gap between confidence and accuracy over equal bins of [0, 1], by bin size (arXiv 1706.04599, eq. 3)."""
     values, hit = _scores_and_labels(confidences, correct)
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")

@@ -92,8 +92,8 @@ class StepDecoder:
         positions = int(self.attention_mask.sum(-1).max()) + deeper
         if self._limit is not None and positions > self._limit:
             raise ValueError(
-                f"the sequence needs {positions} positions and the model's position table has {self._limit}: shorten the "
-                "prompt or max_new_tokens"
+                f"the sequence needs {positions} positions and the model's position table has {self._limit}: shorten "
+                "the prompt or max_new_tokens"
             )
         if not self.keep_hidden:
             return self.model(**inputs).logits.float(), None

@@ -442,7 +442,7 @@ def test_a_killed_writer_leaves_the_old_revision_or_the_new_one(tmp_path: Path):
             assert writer.stdout is not None
             for _ in range(source.randrange(1, 4)):
                 announced = int(writer.stdout.readline())
-            time.sleep(source.uniform(0, 0.03))
+            time.sleep(source.uniform(0, 0.15))
             os.kill(writer.pid, signal.SIGKILL)
             rest = writer.stdout.read().split()
             announced = int(rest[-1]) if rest else announced

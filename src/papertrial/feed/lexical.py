@@ -39,6 +39,9 @@ _ARXIV = re.compile(
 )
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """What search needs of a paper. ``slug`` is set for the papers in scope only."""
@@ -93,9 +96,10 @@ def _analyser() -> tantivy.TextAnalyzer:
 
 
 def readable(text: str) -> str:
-    """Text that every engine takes: composed, lone surrogates and control characters made blanks."""
-    text = unicodedata.normalize("NFKC", text.encode("utf-8", "replace").decode("utf-8"))
-    return "".join(" " if unicodedata.category(character) == "Cc" else character for character in text)
+    """Text that every engine takes: composed, lone surrogates replaced and control characters made blanks."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text.encode("utf-8", "replace").decode("utf-8"))
+    return _CONTROL.sub(" ", text)
 
 
 def words(text: str) -> list[str]:
@@ -136,7 +140,6 @@ def _schema() -> tantivy.Schema:
     builder = tantivy.SchemaBuilder()
     builder.add_integer_field("key", indexed=True, fast=True)
     builder.add_text_field("text", tokenizer_name=_ANALYSER, index_option="freq")
-    builder.add_text_field("title", tokenizer_name=_ANALYSER, index_option="freq")
     builder.add_text_field("authors", tokenizer_name=_ANALYSER, index_option="freq")
     builder.add_text_field("exact", tokenizer_name="raw", index_option="basic")
     builder.add_text_field("family", tokenizer_name="raw", index_option="basic")
@@ -145,15 +148,6 @@ def _schema() -> tantivy.Schema:
     builder.add_text_field(STATE, stored=True, tokenizer_name="raw", index_option="basic")
     builder.add_text_field("content", stored=True, tokenizer_name="raw", index_option="basic")
     return builder.build()
-
-
-@dataclass(frozen=True, slots=True)
-class FieldWeights:
-    """What a word counts in each field, times its BM25 score there; tuned by benchmarks/search_quality.py."""
-
-    text: float = 1.0
-    title: float = 0.5
-    authors: float = 0.5
 
 
 class LexicalSnapshot:
@@ -203,9 +197,7 @@ class LexicalSnapshot:
         names = [(tantivy.Occur.Should, self._term("exact", name)) for name in dict.fromkeys(_query_names(query))]
         return sorted(key for key, _ in self._found(tantivy.Query.boolean_query(names), limit, filters))
 
-    def search(
-        self, query: str, limit: int, filters: Filters, weights: FieldWeights | None = None
-    ) -> list[tuple[int, float]]:
+    def search(self, query: str, limit: int, filters: Filters) -> list[tuple[int, float]]:
         """The best (key, BM25 score), best first, ties by key; empty where no word of the query occurs.
 
         Parameters
@@ -215,24 +207,23 @@ class LexicalSnapshot:
         limit : int
             At least 1.
         filters : Filters
-        weights : FieldWeights, optional
         """
-        weights = weights or FieldWeights()
-        counted = [(self._searcher.doc_freq("text", word), word) for word in query_words(query)]
-        authors = [word for _, word in counted]
-        chosen = [word for count, word in sorted(counted) if count][:_MAX_WORDS]
-        clauses: list[tantivy.Query] = []
-        for field, weight, terms in (
-            ("text", weights.text, chosen),
-            ("title", weights.title, chosen),
-            ("authors", weights.authors, authors[:_MAX_WORDS]),
-        ):
-            if weight > 0:
-                clauses += [tantivy.Query.boost_query(self._term(field, word, "freq"), weight) for word in terms]
-        if not clauses:
+        frequent, names = [], []
+        for word in query_words(query):
+            in_texts, in_names = self._searcher.doc_freq("text", word), self._searcher.doc_freq("authors", word)
+            if in_texts:
+                frequent.append((in_texts, word))
+            # a word that is more of a name than a word: "long context" asks for no author called Long
+            if in_names > in_texts:
+                names.append(word)
+        rarest = [word for _, word in sorted(frequent)[:_MAX_WORDS]]
+        terms = [self._term("text", word, "freq") for word in rarest]
+        terms += [self._term("authors", word, "freq") for word in names[:_MAX_WORDS]]
+        if not terms:
             return []
-        union = tantivy.Query.boolean_query([(tantivy.Occur.Should, clause) for clause in clauses])
-        return self._found(union, limit, filters)
+        return self._found(
+            tantivy.Query.boolean_query([(tantivy.Occur.Should, term) for term in terms]), limit, filters
+        )
 
 
 class LexicalIndex:
@@ -261,6 +252,8 @@ class LexicalIndex:
         """Take the write lock; ValueError (from tantivy) if another process holds it."""
         if self._writer is None:
             self._writer = self._index.writer(heap_size=_HEAP_BYTES, num_threads=1)
+            # a killed writer leaves files whose names the next commit would take again, and fail on
+            self._writer.garbage_collect_files()
 
     def remove(self, keys: Iterable[int]) -> None:
         self.begin()
@@ -271,11 +264,10 @@ class LexicalIndex:
         """Add documents in place of those with the same keys; visible after :meth:`commit`."""
         self.remove(document.key for document in documents)
         for document in documents:
-            title = readable(document.title)
             made = tantivy.Document()
             made.add_integer("key", document.key)
-            made.add_text("text", f"{title} {readable(document.abstract)}")
-            made.add_text("title", title)
+            # one field: counting title words more lowers MRR@10, see benchmarks/search_quality.py
+            made.add_text("text", readable(f"{document.title} {document.abstract}"))
             made.add_text("authors", readable(" ".join(document.authors)))
             for name in _exact_names(document):
                 made.add_text("exact", name)

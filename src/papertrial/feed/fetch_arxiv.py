@@ -41,7 +41,7 @@ def rss_url() -> str:
 
 def polite_client() -> PoliteClient:
     """The client that keeps arXiv's terms."""
-    return PoliteClient("arxiv", INTERVAL_SECONDS)
+    return PoliteClient("arxiv", INTERVAL_SECONDS, timeout=180.0)  # OAI-PMH often takes more than a minute
 
 
 def fetch_arxiv(

@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from datetime import date, timedelta
 from typing import Any
 
-from papertrial.feed.records import Precision, Record, month_of_arxiv_id
+from papertrial.feed.records import SOURCES, Precision, Record, month_of_arxiv_id
 
 Row = dict[str, Any]
 
@@ -105,7 +105,7 @@ def merge_rows(row: Row, other: Row, today: date) -> Row:
             if name == "published":
                 merged["published_precision"] = other["published_precision"]
     for name in _GROWING:
-        if name in other["origins"] and (name not in row["origins"] or other[name] > row[name]):
+        if name in other["origins"] and _stated(name, other) > _stated(name, row):
             merged[name] = other[name]
             merged["origins"][name] = other["origins"][name]
     for name in _EARLIEST:
@@ -130,6 +130,12 @@ def _replaces(name: str, row: Row, other: Row, older_version: bool) -> bool:
     if mine == "page":
         return _page_order(other[name]) > _page_order(row[name])
     return not (older_version and mine in ("arxiv", "arxiv_rss"))
+
+
+def _stated(name: str, row: Row) -> tuple[int, int]:
+    """A count for comparison: unstated below 0, and of equal counts the stronger source's."""
+    source = row["origins"].get(name)
+    return (row[name], SOURCES.index(source)) if source else (-1, -1)
 
 
 def _page_order(value: Any) -> tuple[int, str]:

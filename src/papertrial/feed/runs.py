@@ -67,7 +67,7 @@ def recorded_run(store: Store, source: str) -> Iterator[IngestReport]:
     with store.writing() as connection:
         values = {"source": source[:200], "started": utc_now(), "added": 0, "updated": 0, "unchanged": 0}
         result = connection.execute(table.insert().values(**values, problem_count=0, problems=[]))
-        run_id = tuple(result.inserted_primary_key or ())[0]
+        run_id = next(iter(result.inserted_primary_key or ()))
     try:
         yield report
     except BaseException as raised:

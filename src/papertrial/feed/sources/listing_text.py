@@ -152,7 +152,9 @@ def _kind(line: str, previous: str) -> str:
     bare = line.strip(_BULLETS)
     if not bare:
         return "foot" if line.strip() in ("\u00b7", "\u2022", "\u2027", "\u2219") else "furniture"
-    if all(_is_foot(part) for part in _SEPARATORS.split(bare) if part):
+    first, *rest = [part for part in _SEPARATORS.split(bare) if part]
+    # All on one line, an organisation may stand in front.
+    if all(map(_is_foot, rest)) and (_is_foot(first) or (rest and len(first) <= 120)):
         return "foot"
     if _SUBMITTED.fullmatch(line):
         return "submitted"
@@ -234,10 +236,13 @@ class _Reader:
             entry.abstract.append(block.text)
             return
         self._close()
-        if len(block.text) > MAX_TITLE:
+        title = block.text
+        if self.submitted and len(block.lines) > 1:  # a day's card shows the organisation below the title
+            title, self.organisation = " ".join(block.lines[:-1]), block.lines[-1]
+        if len(title) > MAX_TITLE:
             self.parsed.problem(block.line, f"an abstract without a title: {block.text[:60]!r}")
             return
-        self.open = _Entry(block.line, block.text, upvotes=self.votes, submitted=self.submitted)
+        self.open = _Entry(block.line, title, upvotes=self.votes, submitted=self.submitted)
         self.votes, self.submitted = None, False
 
     def _continues(self, entry: _Entry, block: _Block, following: Sequence[_Block]) -> bool:
@@ -255,22 +260,30 @@ class _Reader:
 
     def _foot(self, block: _Block, _following: Sequence[_Block]) -> None:
         entry = self.open
-        if entry is None:
+        parts = [part.strip(_BULLETS) for line in block.lines for part in _SEPARATORS.split(line)]
+        if entry is None or self._footed_already(entry, parts):
             self.parsed.problem(block.line, f"a foot line without a paper above it: {block.text[:60]!r}")
             self.organisation = None
             return
-        for part in (part for line in block.lines for part in _SEPARATORS.split(line)):
-            if match := _AUTHORS.fullmatch(part.strip(_BULLETS)):
+        for part in filter(None, parts):
+            if match := _AUTHORS.fullmatch(part):
                 entry.author_count = int(match[1]) or None
                 entry.closed = True
-            elif match := _DATE.fullmatch(part.strip(_BULLETS)):
+            elif match := _DATE.fullmatch(part):
                 entry.published = _calendar_day(match, int(match["year"]))
                 if entry.published is None:
                     self.parsed.problem(block.line, f"{entry.title[:60]!r}: {part.strip()!r} is not a day; left out")
                 entry.comments = int(match["count"]) if match["count"] else 0
                 entry.closed = True
+            else:
+                self.organisation = part
         entry.organisation = self.organisation or entry.organisation
         self.organisation = None
+
+    def _footed_already(self, entry: _Entry, parts: Sequence[str]) -> bool:
+        """Whether the entry has what this foot gives: then the foot belongs to a paper that is missing."""
+        authors, days = any(map(_AUTHORS.fullmatch, parts)), any(map(_DATE.fullmatch, parts))
+        return (authors and entry.author_count is not None) or (days and entry.published is not None)
 
     def _close(self) -> None:
         entry, self.open = self.open, None

@@ -24,7 +24,8 @@ class Parsed:
     problems: list[str] = field(default_factory=list)
 
     def problem(self, line: int | None, message: str) -> None:
-        """Name something that could not be read; `line` counts from 1."""
+        """Name something that could not be read; `line` counts from 1. What the input holds is made safe to print."""
+        message = "".join(c if c.isprintable() else " " for c in message)
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(f"line {line}: {message}" if line else message)
         elif len(self.problems) == MAX_PROBLEMS:

@@ -1,0 +1,1 @@
+"""The HTTP API: every module here with a ``router`` is part of the application."""

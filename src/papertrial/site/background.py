@@ -1,0 +1,137 @@
+"""Work beside the requests: each job at its interval, once across all workers of a database.
+
+A job is taken by a lease in the database: a worker that dies lets go of it when the lease runs out. Jobs must be safe
+to repeat: a worker may die after the work and before it says so.
+"""
+
+import logging
+import os
+import random
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from papertrial.errors import PapertrialError
+from papertrial.feed import people_schema as tables
+from papertrial.feed.store import Store, utc_now
+
+log = logging.getLogger("papertrial.site.jobs")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to do again and again.
+
+    Attributes
+    ----------
+    name
+        Unique; the lease's name.
+    every
+        Seconds between the end of one run and the start of the next.
+    work
+        What to do; an error is logged and the job comes again.
+    everywhere
+        Done by every worker (what it does is local to the process) instead of by one of them.
+    lease
+        Seconds that a worker may take before another one may think it dead.
+    """
+
+    name: str
+    every: float
+    work: Callable[[], None]
+    everywhere: bool = False
+    lease: float = 600.0
+
+
+class Jobs:
+    """Runs jobs on one thread of this worker."""
+
+    def __init__(self, store: Store, jobs: list[Job]) -> None:
+        self._store, self._jobs = store, jobs
+        self._holder = f"{os.getpid()}-{secrets.token_hex(8)}"
+        self._stop, self._nudged = threading.Event(), threading.Event()
+        self._due = dict.fromkeys((job.name for job in jobs), 0.0)
+        self._thread = threading.Thread(target=self._run, name="papertrial-jobs", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """Start nothing more, and wait for what runs."""
+        self._stop.set()
+        self._nudged.set()
+        self._thread.join(timeout)
+
+    def nudge(self, name: str) -> None:
+        """Do a job soon instead of at its time (in this worker)."""
+        self._due[name] = 0.0
+        self._nudged.set()
+
+    def _run(self) -> None:
+        import time
+
+        while not self._stop.is_set():
+            for job in self._jobs:
+                if self._stop.is_set():
+                    return
+                if time.monotonic() >= self._due[job.name]:
+                    self._do(job)
+                    # Apart from each other, so that workers which started together do not keep meeting.
+                    self._due[job.name] = time.monotonic() + job.every * random.uniform(0.9, 1.1)
+            wait = min(self._due.values(), default=60.0) - time.monotonic()
+            self._nudged.wait(max(0.05, min(wait, 60.0)))
+            self._nudged.clear()
+
+    def _do(self, job: Job) -> None:
+        try:
+            if job.everywhere or take_lease(self._store, job.name, self._holder, job.lease, job.every):
+                job.work()
+                if not job.everywhere:
+                    give_lease_back(self._store, job.name, self._holder)
+        except PapertrialError as error:
+            log.error("job %s: %s", job.name, error)
+        except Exception:
+            log.exception("job %s failed", job.name)
+
+
+def take_lease(store: Store, name: str, holder: str, seconds: float, every: float = 0.0) -> bool:
+    """Whether this holder may do a job now: nobody else is at it, and nobody did it less than `every` seconds ago."""
+    table, now = tables.leases, utc_now()
+    rested = now - timedelta(seconds=0.8 * every)
+    until = now + timedelta(seconds=seconds)
+    free = sa.or_(table.c.until <= now, table.c.holder == holder)
+    due = sa.or_(table.c.last_done.is_(None), table.c.last_done <= rested, table.c.holder == holder)
+    with store.writing() as connection:
+        taken = connection.execute(
+            table.update().where(table.c.name == name, free, due).values(holder=holder, until=until)
+        )
+        if taken.rowcount:
+            return True
+        if connection.execute(sa.select(table.c.name).where(table.c.name == name)).first() is not None:
+            return False
+        try:
+            with connection.begin_nested():
+                connection.execute(table.insert().values(name=name, holder=holder, until=until))
+        except IntegrityError:
+            return False  # another worker was quicker
+        return True
+
+
+def give_lease_back(store: Store, name: str, holder: str) -> None:
+    """The job is done."""
+    table, now = tables.leases, utc_now()
+    with store.writing() as connection:
+        mine = (table.c.name == name, table.c.holder == holder)
+        connection.execute(table.update().where(*mine).values(until=now, last_done=now))
+
+
+def last_done(store: Store, name: str) -> datetime | None:
+    """When a job was last finished."""
+    table = tables.leases
+    with store.reading() as connection:
+        return connection.execute(sa.select(table.c.last_done).where(table.c.name == name)).scalar()

@@ -1,0 +1,1 @@
+"""The pages: every module here with a ``router`` is part of the application."""

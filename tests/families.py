@@ -47,7 +47,14 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": (
         "Gemma2Config",
         "Gemma2ForCausalLM",
-        {**_GROUPED, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": CONTEXT},
+        # eager: sdpa has no soft cap, and older versions of transformers choose it all the same
+        {
+            **_GROUPED,
+            "head_dim": 12,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": CONTEXT,
+            "attn_implementation": "eager",
+        },
     ),
     "opt": (
         "OPTConfig",

@@ -59,8 +59,9 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     skip = kwargs.pop("allow_is_causal_skip", True)
     mask = eager_mask(*args, **kwargs)
     if mask is not None:
-        kwargs.pop("dtype", None)
-        mask._papertrial_sdpa = (sdpa_mask(*args, allow_is_causal_skip=skip, **kwargs),)  # type: ignore[attr-defined]
+        options = {**kwargs, "allow_is_causal_skip": skip}
+        options.pop("dtype", None)
+        mask._papertrial_sdpa = (sdpa_mask(*args, **options),)  # type: ignore[attr-defined]
     return cast("Tensor | None", mask)
 
 

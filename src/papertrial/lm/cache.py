@@ -12,6 +12,7 @@ import inspect
 from typing import cast
 
 import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -30,13 +31,13 @@ class WindowLayer(DynamicSlidingWindowLayer):
         self.record_past = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append keys and values (B, G, T, d_h) and return the part that the window of the T new queries covers."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
-        self.values = torch.cat([self.values, value_states], dim=-2)
+        self.keys = torch.cat([cast(Tensor, self.keys), key_states], dim=-2)
+        self.values = torch.cat([cast(Tensor, self.values), value_states], dim=-2)
         self.cumulative_length = self.keys.shape[-2]
         visible = self.sliding_window - 1 + key_states.shape[-2]
         return self.keys[:, :, -visible:], self.values[:, :, -visible:]
@@ -47,8 +48,8 @@ class WindowLayer(DynamicSlidingWindowLayer):
             raise ValueError(f"tokens_to_remove must be zero or negative, got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        self.keys = self.keys[:, :, :tokens_to_remove]
-        self.values = self.values[:, :, :tokens_to_remove]
+        self.keys = cast(Tensor, self.keys)[:, :, :tokens_to_remove]
+        self.values = cast(Tensor, self.values)[:, :, :tokens_to_remove]
         self.cumulative_length = self.keys.shape[-2]
 
 
@@ -119,7 +120,7 @@ def branch(cache: DynamicCache) -> DynamicCache:
     for layer in _layers(cache):
         layers.append(copy.copy(layer) if type(layer) in _KNOWN else copy.deepcopy(layer))
     twin = copy.copy(cache)
-    twin.layers = layers
+    twin.layers = list(layers)
     return twin
 
 
@@ -131,7 +132,7 @@ def repeat(cache: Cache, n: int) -> None:
         layer.batch_repeat_interleave(n)
 
 
-def select(cache: Cache, rows: torch.Tensor) -> None:
+def select(cache: Cache, rows: Tensor) -> None:
     """Keep the given rows, in the given order; a row may be named more than once.
 
     Parameters
@@ -145,7 +146,7 @@ def select(cache: Cache, rows: torch.Tensor) -> None:
         rows = rows.nonzero()[:, 0]
     for layer in _layers(cache):
         if layer.get_seq_length() > 0:
-            layer.batch_select_indices(rows.to(layer.keys.device))
+            layer.batch_select_indices(rows.to(cast(Tensor, layer.keys).device))
 
 
 def crop(cache: Cache, drop: int) -> None:
@@ -174,7 +175,7 @@ def crop(cache: Cache, drop: int) -> None:
             layer.crop(-drop)
 
 
-def gather(cache: Cache, positions: torch.Tensor) -> None:
+def gather(cache: Cache, positions: Tensor) -> None:
     """Keep chosen slots of each row, in the given order: what acceptance of one path of a token tree needs.
 
     Parameters
@@ -204,17 +205,18 @@ def gather(cache: Cache, positions: torch.Tensor) -> None:
     for index, layer in enumerate(layers):
         if type(layer) not in _KNOWN:
             raise ValueError(f"layer {index} is a {type(layer).__name__}: gather does not know what else it stores")
-        if layer.is_initialized and layer.keys.shape[0] != positions.shape[0]:
-            raise ValueError(f"positions has {positions.shape[0]} rows, the cache has {layer.keys.shape[0]}")
+        rows = cast(Tensor, layer.keys).shape[0] if layer.is_initialized else len(positions)
+        if rows != len(positions):
+            raise ValueError(f"positions has {len(positions)} rows, the cache has {rows}")
     for index, layer in enumerate(layers):
         if layer.is_initialized:
-            _gather_layer(layer, positions.to(layer.keys.device), seen, index)
+            _gather_layer(layer, positions.to(cast(Tensor, layer.keys).device), seen, index)
 
 
-def _gather_layer(layer: DynamicLayer, positions: torch.Tensor, seen: int, index: int) -> None:
-    kept = positions
-    forgotten = seen - layer.keys.shape[-2]
-    if forgotten:
+def _gather_layer(layer: DynamicLayer, positions: Tensor, seen: int, index: int) -> None:
+    kept, keys, values = positions, cast(Tensor, layer.keys), cast(Tensor, layer.values)
+    forgotten = seen - keys.shape[-2]
+    if isinstance(layer, DynamicSlidingWindowLayer) and forgotten:
         kept = positions[:, -(layer.sliding_window - 1) :] if layer.sliding_window > 1 else positions[:, :0]
         if bool(((kept >= 0) & (kept < forgotten)).any()):
             raise ValueError(
@@ -224,16 +226,16 @@ def _gather_layer(layer: DynamicLayer, positions: torch.Tensor, seen: int, index
     source = (kept - forgotten).clamp(min=0)[:, None, :, None]
     hole = (kept < 0)[:, None, :, None]
 
-    def take(states: torch.Tensor) -> torch.Tensor:
+    def take(states: Tensor) -> Tensor:
         wanted = source.expand(-1, states.shape[1], -1, states.shape[3])
         return states.gather(2, wanted).masked_fill(hole, 0.0)
 
-    layer.keys, layer.values = take(layer.keys), take(layer.values)
+    layer.keys, layer.values = take(keys), take(values)
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = positions.shape[1]
 
 
-def gather_mask(attention_mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def gather_mask(attention_mask: Tensor, positions: Tensor) -> Tensor:
     """The attention mask (B, P) that belongs to a cache after :func:`gather` with the same ``positions``."""
     kept = attention_mask.gather(1, positions.clamp(min=0))
     return kept.masked_fill(positions < 0, 0)

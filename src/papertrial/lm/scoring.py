@@ -11,14 +11,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from papertrial.lm.anatomy import body, position_limit, read_out, reads_out, unwrap
+from papertrial.lm.anatomy import body, device_of, position_limit, read_out, reads_out, unwrap
 from papertrial.lm.generation import evaluating, left_pad, position_ids
 
 LOGITS_AT_ONCE = 2**25
@@ -71,7 +71,7 @@ def _inputs(
     inner = unwrap(model)
     if not reads_out(inner) and not inner.can_generate():
         raise ValueError(f"{type(inner).__name__} does not predict the next token: give a causal language model")
-    device = inner.get_input_embeddings().weight.device
+    device = device_of(inner)
     ids, mask = input_ids.to(device), attention_mask.to(device=device, dtype=torch.long)
     positions, limit = position_ids(mask), position_limit(model)
     if limit is not None and ids.numel() and int(positions.max()) >= limit:
@@ -92,7 +92,7 @@ def _stock_forward(model: nn.Module) -> bool:
         configs = getattr(model, "peft_config", {})
         if any(getattr(config, "is_prompt_learning", False) for config in configs.values()) or "forward" in vars(model):
             return False
-        model = model.get_base_model()
+        model = cast(Any, model).get_base_model()
     stock = type(model).__module__.startswith("transformers.") and "forward" not in vars(model)
     return stock and reads_out(model)
 

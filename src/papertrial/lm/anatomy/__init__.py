@@ -11,8 +11,9 @@ rows of a table, see :mod:`papertrial.lm.anatomy.families`.
 # ruff: noqa: N802 - W_E, W_U and the like are the field's names
 
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +28,7 @@ __all__ = [
     "Norm",
     "anatomy",
     "body",
+    "device_of",
     "position_limit",
     "read_out",
     "reads_out",
@@ -37,7 +39,7 @@ __all__ = [
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside ``model``: itself, or what a peft wrapper or DistributedDataParallel holds."""
     if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+        model = cast(Any, model).get_base_model()
     while not isinstance(model, PreTrainedModel) and isinstance(getattr(model, "module", None), nn.Module):
         model = cast(nn.Module, model.module)
     if not isinstance(model, PreTrainedModel):
@@ -49,6 +51,11 @@ def body(model: nn.Module) -> PreTrainedModel:
     """The model without its head; its ``last_hidden_state`` (B, T, D) is after the final norm."""
     # not base_model: OPT's language model calls the decoder inside it directly
     return cast(PreTrainedModel, unwrap(model).get_decoder())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model wants its token ids: the device of its embedding."""
+    return cast(Tensor, unwrap(model).get_input_embeddings().weight).device
 
 
 class Anatomy:

@@ -29,7 +29,7 @@ def matrix(module: nn.Module) -> Tensor:
     if hasattr(module, "base_layer"):
         if not getattr(module, "merged", False):
             raise ValueError("this projection carries an adapter that its weight does not show: merge it first")
-        module = module.base_layer
+        module = cast(nn.Module, module.base_layer)
     weight = cast(Tensor, module.weight)
     if not weight.is_floating_point():
         raise ValueError(f"weights of type {weight.dtype} have no view: load the model without quantisation")

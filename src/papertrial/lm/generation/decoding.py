@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from papertrial.lm.anatomy import unwrap
+from papertrial.lm.anatomy import device_of, unwrap
 from papertrial.lm.generation.choosing import draw, truncate
 from papertrial.lm.generation.inputs import as_prompt, evaluating
 from papertrial.lm.generation.stepping import StepDecoder
@@ -289,12 +290,12 @@ def beam(
 
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
-    device = unwrap(model).get_input_embeddings().weight.device
+    device = device_of(model)
     prompt_ids, prompt_mask = as_prompt(input_ids, attention_mask, device)
     ends = _end_tokens(eos_token_id, device)
     pad = _padding(model, pad_token_id, ends)
     with evaluating(model), torch.no_grad():
-        sequences = model.generate(
+        sequences = cast(Any, model).generate(
             prompt_ids,
             attention_mask=prompt_mask,
             num_beams=num_beams,

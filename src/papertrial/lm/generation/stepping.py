@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from papertrial.lm import cache as kv
-from papertrial.lm.anatomy import body, position_limit, unwrap
+from papertrial.lm.anatomy import body, device_of, position_limit, unwrap
 from papertrial.lm.generation.inputs import as_prompt, position_ids
 
 
@@ -55,7 +55,7 @@ class StepDecoder:
         keep_hidden: bool = False,
     ) -> None:
         self.model = model
-        device = unwrap(model).get_input_embeddings().weight.device
+        device = device_of(model)
         self.input_ids, self.attention_mask = as_prompt(input_ids, attention_mask, device)
         self.cache = kv.new_cache(model) if use_cache else None
         self.keep_hidden = keep_hidden

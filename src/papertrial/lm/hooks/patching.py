@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Edit:
     def __call__(self, values: Tensor) -> Tensor:
         """The edited values (B, T, ...)."""
         rows, steps = self._steps(values)
-        index: tuple[object, ...] = (rows, steps) if steps is not None else (slice(None), slice(None))
+        index: Any = (rows, steps) if steps is not None else (slice(None), slice(None))
         if self.units is not None:
             axis = -2 if self.site in HEAD_SITES else -1
             size = values.shape[axis]

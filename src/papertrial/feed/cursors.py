@@ -9,7 +9,7 @@ from papertrial.feed import schema
 from papertrial.feed.store import Store, utc_now
 
 
-def read_cursor(store: Store, name: str) -> dict[str, Any] | None:
+def read_position(store: Store, name: str) -> dict[str, Any] | None:
     """The saved position of a fetch; None where it never ran."""
     table = schema.fetch_cursors
     with store.reading() as connection:
@@ -17,7 +17,7 @@ def read_cursor(store: Store, name: str) -> dict[str, Any] | None:
     return dict(value) if value is not None else None
 
 
-def save_cursor(store: Store, name: str, value: dict[str, Any]) -> None:
+def save_position(store: Store, name: str, value: dict[str, Any]) -> None:
     """Save a position, in place of an older one. Only after what lies before it is stored."""
     table = schema.fetch_cursors
     json.dumps(value)  # what is not plain data must not reach the table

@@ -12,7 +12,7 @@ from datetime import date, timedelta
 from typing import Any
 
 from papertrial.errors import PapertrialError, UsageError
-from papertrial.feed.cursors import read_cursor, save_cursor
+from papertrial.feed.cursors import read_position, save_position
 from papertrial.feed.http import PoliteClient, utc_today
 from papertrial.feed.runs import IngestReport, recorded_run
 from papertrial.feed.sources.arxiv import ArxivPage, parse_arxiv_xml
@@ -75,7 +75,7 @@ def fetch_arxiv(
     if not 1 <= page_size <= LARGEST_SLICE:
         raise UsageError(f"page_size is {page_size}; arXiv gives 1 to {LARGEST_SLICE} entries a request")
     cursor_name = f"arxiv:{'+'.join(names)}"
-    span = _Span.of(read_cursor(store, cursor_name), since, until or utc_today())
+    span = _Span.of(read_position(store, cursor_name), since, until or utc_today())
     with (
         recorded_run(store, f"{cursor_name} {span.since}..{span.until}") as report,
         (client or polite_client()).session() as session,
@@ -97,7 +97,7 @@ def fetch_arxiv(
                     report.problems.append(f"arXiv gave {span.start} of {page.total} papers of {first}..{last}")
                 span.windows.pop(0)
                 span.start = 0
-            save_cursor(store, cursor_name, span.as_data())
+            save_position(store, cursor_name, span.as_data())
     return report
 
 
@@ -193,7 +193,7 @@ def fetch_arxiv_bulk(
     if not _SET.fullmatch(subject):
         raise UsageError(f"subject is {subject[:40]!r}; write an OAI set such as cs or cs:cs:CL")
     cursor_name = f"arxiv-oai:{subject}"
-    saved = read_cursor(store, cursor_name) or {}
+    saved = read_position(store, cursor_name) or {}
     token = saved.get("token") if since is None or since.isoformat() == saved.get("since") else None
     begin = date.fromisoformat(saved["since"]) if token else since
     if begin is None:
@@ -217,7 +217,7 @@ def fetch_arxiv_bulk(
             report.count(store.upsert(page.records))
             token = page.token
             position = {"since": begin.isoformat(), "started": started, "token": token}
-            save_cursor(store, cursor_name, position | {"complete": saved.get("complete") if token else started})
+            save_position(store, cursor_name, position | {"complete": saved.get("complete") if token else started})
             if not token:
                 return report
 

@@ -5,7 +5,7 @@ import os
 from datetime import date, timedelta
 
 from papertrial.errors import PapertrialError, UsageError
-from papertrial.feed.cursors import read_cursor, save_cursor
+from papertrial.feed.cursors import read_position, save_position
 from papertrial.feed.http import PoliteClient, utc_today
 from papertrial.feed.runs import IngestReport, recorded_run
 from papertrial.feed.sources.huggingface import entries_of, parse_huggingface_json
@@ -45,7 +45,7 @@ def fetch_huggingface(
         The service cannot be reached or refuses. Complete days are stored, and a call without `since` goes on.
     """
     last = until or utc_today()
-    saved = read_cursor(store, _CURSOR)
+    saved = read_position(store, _CURSOR)
     if since is None:
         if saved is None:
             raise UsageError("nothing was fetched from Hugging Face yet: say from which day on (since)")
@@ -61,7 +61,7 @@ def fetch_huggingface(
             _fetch_day(store, session, day, report)
             if saved is None or day.isoformat() > saved["day"]:
                 saved = {"day": day.isoformat()}
-                save_cursor(store, _CURSOR, saved)
+                save_position(store, _CURSOR, saved)
     return report
 
 

@@ -58,7 +58,14 @@ def ingest_scope(store: Store, folder: Path | None = None) -> IngestReport:
     ----------
     folder
         The papers folder (default: the installed one).
+
+    Raises
+    ------
+    UsageError
+        There is no such folder; nothing is taken out of scope then.
     """
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"there is no papers folder {str(folder)!r}")
     with recorded_run(store, "scope") as report:
         parsed = parse_scope(folder)
         report.problems += parsed.problems

@@ -194,7 +194,8 @@ class Store:
         Parameters
         ----------
         order
-            ``"votes"``: newest day first, within a day most votes first. ``"trending"``: hottest first.
+            ``"votes"``: newest day first, within a day most votes first. ``"top"``: most votes first, whatever the
+            day. ``"trending"``: hottest first.
 
         Notes
         -----
@@ -205,7 +206,7 @@ class Store:
         query = sa.select(papers).where(papers.c.feed_day.between(first, last))
         if not whole_month:
             query = query.where(papers.c.feed_precision == "day")
-        return self._page(query, limit, cursor, order)
+        return self._page(query, limit, cursor, order, narrowed=True)
 
     def listing(
         self,
@@ -218,7 +219,10 @@ class Store:
         since: date | None = None,
         until: date | None = None,
     ) -> Page:
-        """All papers, newest day first, or those of one organisation or one family; a page at a time."""
+        """All papers, or those of one organisation, one family or a span of days; a page at a time.
+
+        ``order`` is as in `feed`; ``"top"`` needs something that narrows the choice down.
+        """
         papers = schema.papers
         query = sa.select(papers)
         if organisation is not None:
@@ -229,7 +233,8 @@ class Store:
             query = query.where(papers.c.feed_day >= since)
         if until is not None:
             query = query.where(papers.c.feed_day <= until)
-        return self._page(query, limit, cursor, order)
+        narrowed = (organisation, family, since, until) != (None, None, None, None)
+        return self._page(query, limit, cursor, order, narrowed)
 
     def topic(self, topic: str, *, limit: int = 50, cursor: str | None = None) -> Page:
         """The papers of one category such as ``cs.CL``, newest day first."""
@@ -238,7 +243,7 @@ class Store:
         order = (table.c.feed_day, table.c.paper_id)
         if cursor is not None:
             day, paper_id = read_cursor(cursor, "topic")
-            query = query.where(sa.tuple_(*order) < sa.tuple_(sa.literal(_day(day)), sa.literal(paper_id)))
+            query = query.where(sa.tuple_(*order) < sa.tuple_(sa.literal(day), sa.literal(paper_id)))
         query = query.order_by(*(column.desc() for column in order)).limit(limit + 1)
         with self.reading() as connection:
             rows = connection.execute(query).all()
@@ -253,17 +258,18 @@ class Store:
         with self.reading() as connection:
             return [_paper(row) for row in connection.execute(query).mappings()]
 
-    def _page(self, query: sa.Select[Any], limit: int, cursor: str | None, order: str) -> Page:
+    def _page(self, query: sa.Select[Any], limit: int, cursor: str | None, order: str, narrowed: bool) -> Page:
         """One page by key set: the next page starts after the last row seen, however far that is from the top."""
         limit = checked_limit(limit)
-        columns = page_order(order)
+        columns = page_order(order, narrowed)
+        keys: list[sa.ColumnElement[Any]] = list(columns)
+        if narrowed and order == "trending":
+            # Of few papers the hottest are found by sorting them; walking the index of all by heat would be slower.
+            keys[0] = columns[0] + sa.literal(0.0)
         if cursor is not None:
-            values = read_cursor(cursor, order)
-            if order == "votes":
-                values[0] = _day(values[0])
-            bound = [sa.literal(v, type_=c.type) for v, c in zip(values, columns, strict=True)]
-            query = query.where(sa.tuple_(*columns) < sa.tuple_(*bound))
-        query = query.order_by(*(column.desc() for column in columns)).limit(limit + 1)
+            bound = [sa.literal(v, type_=c.type) for v, c in zip(read_cursor(cursor, order), columns, strict=True)]
+            query = query.where(sa.tuple_(*keys) < sa.tuple_(*bound))
+        query = query.order_by(*(key.desc() for key in keys)).limit(limit + 1)
         with self.reading() as connection:
             found = [_paper(row) for row in connection.execute(query).mappings()]
         more = None
@@ -347,12 +353,18 @@ class Store:
         return changes, changes[-1].revision if changes else revision
 
 
-def page_order(order: str) -> tuple[sa.Column[Any], ...]:
-    """The columns of an order, each descending, the last one unique; every order has its index."""
+def page_order(order: str, narrowed: bool) -> tuple[sa.Column[Any], ...]:
+    """The columns of an order, each descending, the last one unique; without narrowing every order has its index."""
     papers = schema.papers
-    orders = {"votes": (papers.c.feed_day, papers.c.upvotes, papers.c.id), "trending": (papers.c.heat, papers.c.id)}
+    orders: dict[str, tuple[sa.Column[Any], ...]] = {
+        "votes": (papers.c.feed_day, papers.c.upvotes, papers.c.id),
+        "trending": (papers.c.heat, papers.c.id),
+        "top": (papers.c.upvotes, papers.c.feed_day, papers.c.id),
+    }
     if order not in orders:
         raise UsageError(f"order is {order!r}; write one of {', '.join(orders)}")
+    if order == "top" and not narrowed:
+        raise UsageError("order 'top' is for a day, week, month, organisation or family; 'trending' is for all papers")
     return orders[order]
 
 
@@ -395,7 +407,7 @@ def write_cursor(order: str, *values: Any) -> str:
 
 def read_cursor(cursor: str, order: str) -> list[Any]:
     """The values of a cursor that `write_cursor` made for the same order."""
-    kinds = {"votes": (str, int, int), "trending": (float, int), "topic": (str, int)}[order]
+    kinds = {"votes": (str, int, int), "trending": (float, int), "top": (int, str, int), "topic": (str, int)}[order]
     try:
         if len(cursor) > 400:
             raise ValueError("too long")
@@ -404,15 +416,9 @@ def read_cursor(cursor: str, order: str) -> list[Any]:
             raise ValueError("another order")
         if any(isinstance(v, int) and abs(v) >= 2**63 for v in values):
             raise ValueError("too large")
-        if kinds[0] is str:
-            date.fromisoformat(values[0])
-        return values
+        return [date.fromisoformat(v) if isinstance(v, str) else v for v in values]
     except (ValueError, TypeError, RecursionError):
         raise UsageError(f"the cursor {cursor[:40]!r} is not one that a page of this listing gave") from None
-
-
-def _day(text: str) -> date:
-    return date.fromisoformat(text)
 
 
 def utc_now() -> datetime:

@@ -128,9 +128,8 @@ def measure(count: int, queries: int) -> None:
         building = time.perf_counter() - started - making
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(
-            f"\n{count:,} papers: indexed in {building:.0f} s without encoding; {size:.0f} MiB on disk, peak {peak:.0f} MiB"
-        )
+        print(f"\n{count:,} papers: indexed in {building:.0f} s without encoding; {size:.0f} MiB on disk, ", end="")
+        print(f"peak {peak:.0f} MiB")
 
         index = SearchIndex(Path(folder), encoder)
         picks = np.random.default_rng(1)

@@ -41,7 +41,7 @@ class SegmentState:
     name: str
     rows: int
     dead: str | None = None  # file with the dead rows' numbers
-    graph: bool = False
+    graph: int = 0  # bytes of its graph's file, 0 for none
 
 
 def digest(text: str) -> int:
@@ -293,8 +293,9 @@ class DenseStore:
         if dead.dtype != np.int64 or (len(dead) and not 0 <= dead.min() <= dead.max() < state.rows):
             raise DenseCorrupt(f"segment {state.name} has impossible dead rows")
         graph_path = self.folder / f"{state.name}.usearch"
-        if state.graph and not graph_path.is_file():
-            raise FileNotFoundError(graph_path)
+        # usearch maps a file that was cut short without a word, and reading past its end kills the process
+        if state.graph and graph_path.stat().st_size != state.graph:
+            raise DenseCorrupt(f"{graph_path} does not have {state.graph} bytes")
         return Segment(state, rows, codes, dead, graph_path)
 
     def advance(
@@ -359,10 +360,11 @@ class DenseStore:
         rows, codes = rows[order], codes[order]
         _save(self.folder / f"{name}.rows.npy", rows)
         _save(self.folder / f"{name}.codes.npy", codes)
-        graph = len(rows) > self.exact_rows
-        if graph:
-            self._write_graph(parts, rows, codes, self.folder / f"{name}.usearch")
-        return SegmentState(name, len(rows), None, graph)
+        if len(rows) <= self.exact_rows:
+            return SegmentState(name, len(rows))
+        graph_path = self.folder / f"{name}.usearch"
+        self._write_graph(parts, rows, codes, graph_path)
+        return SegmentState(name, len(rows), None, graph_path.stat().st_size)
 
     def _write_graph(self, parts: Sequence[Segment], rows: NDArray[Any], codes: NDArray[np.int8], path: Path) -> None:
         """The graph of the merged rows: the largest part's graph goes on, where it has one."""

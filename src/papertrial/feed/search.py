@@ -45,7 +45,7 @@ CANDIDATES = 200  # from each half; pages within the first half of it are cut fr
 # Tuned on half of the queries of benchmarks/search_quality.py, where 0.2 to 0.4 is a plateau; from its upper half,
 # since words decide more of the queries as a catalogue grows.
 LEXICAL_WEIGHT = 0.35
-_FORMAT = 1
+_FORMAT = 2
 _BATCH = 512
 _WRITE_TIMEOUT_SECONDS = 30.0
 # the machine's trouble, which a new index would not mend

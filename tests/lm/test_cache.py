@@ -104,6 +104,21 @@ def test_gather_keeps_one_path_of_a_tree_per_row(family):
     assert kv.length(cache) == 8  # the branch did not touch the trunk
 
 
+@pytest.mark.parametrize("family", DECODERS)
+def test_gather_to_a_shorter_sequence_equals_never_having_seen_the_rest(family):
+    model = windowed(family)
+    ids, mask = left_padded(2, 12)
+    cache = kv.new_cache(model)
+    run(model, ids, mask, cache)
+    positions = torch.arange(9).expand(2, -1)
+    kv.gather(cache, positions)
+    assert [layer.get_seq_length() for layer in cache.layers] == [9, 9]
+    probe = random_ids(2, 2, seed=4)
+    kept = torch.cat([kv.gather_mask(mask, positions), torch.ones(2, 2, dtype=torch.long)], 1)
+    fresh = run(model, torch.cat([ids[:, :9], probe], 1), kept)[:, -2:]
+    torch.testing.assert_close(run(model, probe, kept, cache), fresh, **TOLERANCE)
+
+
 def test_gather_reorders_and_leaves_the_chosen_keys_untouched():
     model = tiny_model("llama")
     cache = kv.new_cache(model)

@@ -147,9 +147,10 @@ def test_sampled_frequencies_follow_the_truncated_distribution():
 
 
 def test_draw_inverts_the_distribution_at_its_corners():
-    logits = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0]]).log().expand(6, -1)
+    logits = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]]).log().expand(6, -1)
     uniforms = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53], dtype=torch.float64)
-    assert draw(logits, uniforms).tolist() == [0, 0, 2, 2, 3, 3]
+    # a token without mass is never drawn, not even at the ends
+    assert draw(logits, uniforms).tolist() == [1, 1, 3, 3, 4, 4]
 
 
 def test_truncation_equals_the_warpers_of_transformers():

@@ -52,7 +52,7 @@ class Service:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def first(self, status, *, headers=None, body=b"", length=None):
         self.queue.append((status, headers or {}, body, length))
@@ -166,6 +166,7 @@ def test_truncated_bodies_and_lost_connections_are_fetched_again(store, client, 
     api.first(200, body=whole[:-40], length=len(whole))  # the connection ends before the announced length
     api.first(200, body=whole[:-40])  # and here the length itself is wrong
     assert fetch(store, client).added == 60
+    api.first(200, headers={"Content-Encoding": "gzip"}, body=b"this is not gzip")
     api.first("drop")
     assert fetch(store, client).unchanged == 60
 

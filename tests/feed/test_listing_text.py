@@ -75,6 +75,12 @@ def test_line_ends_byte_order_marks_and_missing_blank_lines_do_not_matter():
     assert parse_listing_text(one_line_feet.encode()).records == expected
 
 
+def test_short_titles_that_begin_like_page_furniture_are_titles():
+    for title in ("Search Arena", "Models of Rain", "Docs and Dogs", "Oct", "Newest", "42 Umbrellas"):
+        page = SEARCH_PAGE.replace("Do Umbrellas Dream?", title)
+        assert [record.title for record in parse_listing_text(page.encode()).records][1] == title
+
+
 def test_foot_without_paper_is_named_by_line_and_the_others_are_kept():
     lines = SEARCH_PAGE.split("\n")
     broken = "\n".join(line for line in lines if not line.startswith(("Do Umbrellas", "Short abstracts")))

@@ -14,7 +14,7 @@ import httpx
 from filelock import FileLock, Timeout
 
 import papertrial
-from papertrial.errors import PapertrialError
+from papertrial.errors import PapertrialError, UsageError
 from papertrial.feed.sources import MAX_BYTES
 from papertrial.home import cache_folder
 
@@ -94,7 +94,9 @@ class PoliteClient:
             self._keep_interval()
             try:
                 response = self._once(url, params)
-            except httpx.TransportError as error:
+            except httpx.InvalidURL as error:
+                raise UsageError(f"{url!r} is not an address to fetch from: {error}") from None
+            except httpx.RequestError as error:
                 reason, response = f"cannot be reached at {httpx.URL(url).host}: {error or type(error).__name__}", None
                 continue
             if response.status_code in _BUSY:
@@ -113,9 +115,11 @@ class PoliteClient:
         if self._client is None:
             raise RuntimeError("get() belongs inside session()")
         with self._client.stream("GET", url, params=dict(params)) as response:
-            body = bytearray()
+            body, deadline = bytearray(), time.monotonic() + self.longest_wait
             for piece in response.iter_bytes():
                 body += piece
+                if time.monotonic() > deadline:  # a server that sends byte by byte never runs into the time-out
+                    raise httpx.ReadTimeout(f"the answer took more than {self.longest_wait:.0f} seconds")
                 if len(body) > MAX_BYTES:
                     raise PapertrialError(f"{self.name} sent more than {MAX_BYTES:,} bytes; fetch in smaller slices")
             headers = [

@@ -34,13 +34,13 @@ _ID_PREFIX = re.compile(
     r"|(?:https?://)?(?:www\.)?huggingface\.co/papers/)",
     re.IGNORECASE,
 )
-_TAGS = (
-    "a|abbr|b|blockquote|br|center|cite|code|dd|div|dl|dt|em|figure|font|h[1-6]|hr|i|iframe|img|li|link|meta|object|"
-    "ol|p|pre|s|small|span|strike|strong|sub|sup|svg|table|tbody|td|th|thead|tr|tt|u|ul"
+# Only what sources really put into titles and abstracts is markup: one may well say "for all x <y and z> 0", and a
+# paper about language models writes of the <s> token.
+_MARKUP = re.compile(
+    r"</?(?:a|b|blockquote|br|div|em|font|h[1-6]|hr|i|iframe|img|li|ol|p|span|strong|sub|sup|svg|tt|ul)(?:\s[^<>]*)?/?>",
+    re.IGNORECASE,
 )
-# Only names of real elements are markup: an abstract may well say "for all x <y and z> 0".
-_MARKUP = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]*)?/?>", re.IGNORECASE)
-_ACTIVE = re.compile(r"<(script|style)\b[^<>]*>.*?(?:</\1\s*>|\Z)", re.IGNORECASE | re.DOTALL)
+_ACTIVE = re.compile(r"<(script|style)\b[^<>]*>", re.IGNORECASE)
 # Invisible characters that would let two titles look alike or text run backwards on a page.
 _INVISIBLE = dict.fromkeys([0x00AD, 0x200B, 0x2060, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 
@@ -48,12 +48,24 @@ _INVISIBLE = dict.fromkeys([0x00AD, 0x200B, 0x2060, 0xFEFF, *range(0x202A, 0x202
 def plain_text(text: str) -> str:
     """Text without markup, control or invisible characters, in NFC, every run of white space one space."""
     if "<" in text:
-        text = _MARKUP.sub(" ", _ACTIVE.sub(" ", text))
+        text = _MARKUP.sub(" ", _without_scripts(text))
     if not text.isascii():
         text = unicodedata.normalize("NFC", text).translate(_INVISIBLE)
     if not text.isprintable():
         text = "".join(c if c.isprintable() or c.isspace() else _replacement(c) for c in text)
     return " ".join(text.split())
+
+
+def _without_scripts(text: str) -> str:
+    """Text without whole script and style elements; an opening tag alone is something that the text speaks of."""
+    kept, position = [], 0
+    while opening := _ACTIVE.search(text, position):
+        closing = re.compile(rf"</{opening[1]}\s*>", re.IGNORECASE).search(text, opening.end())
+        if closing is None:
+            break
+        kept += [text[position : opening.start()], " "]
+        position = closing.end()
+    return "".join([*kept, text[position:]])
 
 
 def _replacement(character: str) -> str:

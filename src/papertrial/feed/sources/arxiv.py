@@ -53,7 +53,8 @@ def parse_arxiv_xml(data: bytes) -> ArxivPage:
     if root is None or name not in _ENTRY_NAMES:
         page.problem(None, "not an Atom, RSS or OAI-PMH document")
         return page
-    rss = name in ("rss", "rdf") or (name == "feed" and "oai:arXiv.org:" in text)
+    beginning = text[: text.find("<entry") + 500]
+    rss = name in ("rss", "rdf") or (name == "feed" and ("rss.arxiv.org" in beginning or "oai:arXiv.org:" in beginning))
     page.source = "arxiv_rss" if rss else "arxiv"
     for line, entry in _entries(page, text, root, _ENTRY_NAMES[name]):
         page.entry_count += 1

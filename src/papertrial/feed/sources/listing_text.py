@@ -44,7 +44,8 @@ _FURNITURE = re.compile(
     r"new|hugging face|hugging face's logo|models?|datasets?|spaces?|community|docs|enterprise|pricing|log ?in|sign ?up"
     r"|get trending papers in your email inbox.*|once a day, free!?|subscribe"
     r"|(?:hf )?(?:daily|trending|weekly|monthly) papers"
-    r"|by ?\s*ak and the research community|daily|weekly|monthly|previous|next|trending|upvotes?|-|search.{0,20}|papers"
+    r"|by ?\s*ak and the research community|daily|weekly|monthly|previous|next|trending|upvotes?|-|papers"
+    r"|search papers(?: with ai)?"
     r"|view all papers|read paper|github|arxiv page|project page",
     re.IGNORECASE,
 )

@@ -43,7 +43,7 @@ class Job:
 
     name: str
     every: float
-    work: Callable[[], None]
+    work: Callable[[], object]
     everywhere: bool = False
     lease: float = 600.0
 

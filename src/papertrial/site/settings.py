@@ -103,7 +103,7 @@ def read_settings(**given: Any) -> Settings:
     }
     values |= {name: value for name, value in given.items() if value is not None}
     try:
-        return Settings(**values)
+        return Settings.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UsageError(f"settings: {problems}") from None

@@ -159,7 +159,7 @@ def sign_in(store: Store, token: str, *, days: int, sign_up: bool = True) -> Sig
         if used.rowcount != 1:
             raise Problem(403, "this sign-in link was used already or is too old; ask for a new one", field="token")
         email = connection.execute(sa.select(links.c.email).where(links.c.token_hash == token_hash(token))).scalar_one()
-        row = connection.execute(sa.select(users).where(users.c.email == email)).mappings().first()
+        row: Any = connection.execute(sa.select(users).where(users.c.email == email)).mappings().first()
         new = row is None
         if row is None:
             if not sign_up:
@@ -189,7 +189,7 @@ def _add_user(connection: sa.Connection, email: str, role: Role, now: datetime) 
                 added = connection.execute(users.insert().values(**values))
         except IntegrityError:
             continue
-        user_id = added.inserted_primary_key[0]
+        user_id = added.inserted_primary_key[0]  # type: ignore[index]
         return connection.execute(sa.select(users).where(users.c.id == user_id)).mappings().one()
     raise Problem(409, "no free account name was found; try again")
 

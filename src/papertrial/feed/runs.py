@@ -9,7 +9,8 @@ import sqlalchemy as sa
 
 from papertrial.errors import PapertrialError
 from papertrial.feed import schema
-from papertrial.feed.store import Counts, Store, checked_limit, utc_now
+from papertrial.feed.paging import checked_limit
+from papertrial.feed.store import Counts, Store, utc_now
 
 #: Problems that are kept with a run; all of them are counted.
 KEPT_PROBLEMS = 100

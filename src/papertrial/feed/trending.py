@@ -16,8 +16,9 @@ at the others, and nothing has to be recomputed as time goes by.
 from datetime import date
 
 from papertrial.feed.merging import COMMENT_WEIGHT, HALF_LIFE_DAYS
+from papertrial.feed.paging import Page
 from papertrial.feed.records import Paper
-from papertrial.feed.store import Page, Store
+from papertrial.feed.store import Store
 
 __all__ = ["COMMENT_WEIGHT", "HALF_LIFE_DAYS", "score", "trending"]
 

@@ -1,8 +1,8 @@
 """House models: small decoders that the project trains from text every installation carries.
 
 Shipped ones lie in ``house_models/<name>``: weights (bfloat16), tokenizer, ``card.json`` with what was measured and the
-command that makes the model again, ``documents.json`` with the documents it saw, and ``seen.safetensors`` with hashes of
-the lines it saw. Others are trained on first use and kept under the state folder.
+command that makes the model again, ``documents.json`` with the documents it saw, and ``seen.safetensors`` with hashes
+of the lines it saw. Others are trained on first use and kept under the state folder.
 
     python -m papertrial.lm.house train prose --out folder
 """
@@ -33,7 +33,7 @@ from papertrial.lm.corpora import Document
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +63,11 @@ class HouseModel:
     evaluated_on: tuple[str, ...]
     repeats: dict[str, int] = field(default_factory=dict)
     apart_from: str | None = None
-    vocabulary: int = 4096
-    width: int = 160
+    vocabulary: int = 3072
+    width: int = 128
     layers: int = 5
-    heads: int = 5
-    feed_forward: int = 432
+    heads: int = 4
+    feed_forward: int = 352
     length: int = 256
     batch_size: int = 8
     steps: int = 4000
@@ -88,6 +88,14 @@ MODELS: dict[str, HouseModel] = {
         summary="Python source code of the standard library",
         corpus="code",
         evaluated_on=("code",),
+    ),
+    "code-fine": HouseModel(
+        summary="Python source code again, in shorter tokens and from another seed: a second opinion on house:code",
+        corpus="code",
+        evaluated_on=("code",),
+        vocabulary=768,
+        steps=3000,
+        seed=1,
     ),
     "scorer": HouseModel(
         summary="an independent judge of house:prose: docstrings of other packages, no line in common",
@@ -195,6 +203,7 @@ def train_house(
     out: Path,
     *,
     steps: int | None = None,
+    start: Path | None = None,
     checkpoint: Path | None = None,
     on_progress: Callable[[int, int | None], None] | None = None,
     evaluate: bool = True,
@@ -205,6 +214,8 @@ def train_house(
     ----------
     out : the folder to write; replaced as a whole at the end.
     steps : instead of the recipe's.
+    start : folder of a house model of the same recipe and data to go on from, in a new cycle of the learning rate
+        (1608.03983) on fresh batches.
     checkpoint : where the training keeps its place; it goes on from there after a kill.
     on_progress : hears (done, total) steps.
     evaluate : False leaves the figures out of the card.
@@ -212,7 +223,7 @@ def train_house(
     Raises
     ------
     UsageError
-        For an unknown name.
+        For an unknown name, or a ``start`` that was made of other data or by another recipe.
     """
     import torch
 
@@ -225,9 +236,11 @@ def train_house(
     tokenizer = tokenizers.train_bpe((document.text for document in documents), spec.vocabulary)
     stream = corpora.encode(tokenizer, _texts(documents, spec.repeats))
     model = build(spec, tokenizer)
+    earlier = None if start is None else _start_from(model, start, spec, documents)
+    purpose = "batches" if earlier is None else f"batches after {earlier['training']['steps']}"
     report = train(
         model,
-        corpora.random_batches(stream, spec.batch_size, spec.length, generator=_generator(spec.seed, "batches")),
+        corpora.random_batches(stream, spec.batch_size, spec.length, generator=_generator(spec.seed, purpose)),
         steps=steps,
         optimizer=adamw(spec.lr, weight_decay=spec.weight_decay),
         schedule=warmup_cosine(steps, min(spec.warmup, steps - 1), floor=0.02),
@@ -240,7 +253,7 @@ def train_house(
         "name": name,
         "summary": spec.summary,
         "recipe": _plain(spec),
-        "command": f"python -m papertrial.lm.house train {name} --steps {steps} --threads {torch.get_num_threads()}",
+        "commands": [*(earlier["commands"] if earlier else []), _command(name, steps, earlier is not None)],
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": {
             "corpus": spec.corpus,
@@ -251,21 +264,45 @@ def train_house(
             "versions": corpora.corpus(spec.corpus).versions,
         },
         "training": {
-            "steps": steps,
-            "tokens": int(report.targets),
+            "steps": steps + (earlier["training"]["steps"] if earlier else 0),
+            "tokens": int(report.targets) + (earlier["training"]["tokens"] if earlier else 0),
             "last_loss_nats_per_token": round(float(np.mean(report.losses[-50:])), 4),
-            "wall_seconds": round(report.seconds),
-            "cpu_seconds": round(report.cpu_seconds),
+            "wall_seconds": round(report.seconds) + (earlier["training"]["wall_seconds"] if earlier else 0),
+            "cpu_seconds": round(report.cpu_seconds) + (earlier["training"]["cpu_seconds"] if earlier else 0),
             "threads": torch.get_num_threads(),
             "precision": "bf16 autocast",
         },
         "environment": _environment(),
     }
-    model = model.to(torch.bfloat16).float()  # what is measured is what is shipped
+    model.bfloat16().float()  # what is measured is what is shipped
     if evaluate:
         figures["test"] = {part: measure(model, tokenizer, part, documents) for part in spec.evaluated_on}
     _write(out, model, tokenizer, documents, figures)
     return figures
+
+
+def _start_from(
+    model: "PreTrainedModel", start: Path, spec: HouseModel, documents: Sequence[Document]
+) -> dict[str, Any]:
+    """Put the weights of the house model in ``start`` into ``model``; returns its card."""
+    from papertrial.lm.models import load
+
+    earlier = card(start)
+    sizes = ("vocabulary", "width", "layers", "heads", "feed_forward", "length")
+    if any(earlier["recipe"][size] != getattr(spec, size) for size in sizes):
+        raise UsageError(f"{start} was made by a recipe with other sizes; start anew, without --from")
+    if earlier["data"]["digest"] != corpora.digest(documents):
+        raise UsageError(
+            f"{start} was trained on another version of the text than is installed; start anew, without --from"
+        )
+    model.load_state_dict(load(str(start)).model.state_dict())
+    return earlier
+
+
+def _command(name: str, steps: int, again: bool) -> str:
+    return f"python -m papertrial.lm.house train {name} --steps {steps} --threads 1 --out {name}" + (
+        f" --from {name}" if again else ""
+    )
 
 
 def build(spec: HouseModel, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
@@ -273,7 +310,7 @@ def build(spec: HouseModel, tokenizer: "PreTrainedTokenizerFast") -> "PreTrained
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config: LlamaConfig = LlamaConfig(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=spec.width,
         intermediate_size=spec.feed_forward,
@@ -390,7 +427,6 @@ def _write(
     figures: dict[str, Any],
 ) -> None:
     """Write the folder beside its place, then move it there: nobody meets half a model."""
-    import torch
     from safetensors.numpy import save_file
 
     from papertrial.lm.models import quiet_transformers
@@ -400,12 +436,14 @@ def _write(
     half.chmod(0o755)
     try:
         with quiet_transformers():
-            model.to(torch.bfloat16).save_pretrained(half)
+            model.bfloat16().save_pretrained(half)
             tokenizer.save_pretrained(half)
         save_file({"lines": corpora.line_hashes(documents)}, half / "seen.safetensors")
         names = {document.name: corpora.digest([document])[:12] for document in documents}
         (half / "documents.json").write_text(json.dumps(names, indent=0) + "\n", encoding="utf-8")
         (half / "card.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        for path in half.iterdir():
+            path.chmod(0o644)
         if out.exists():
             shutil.rmtree(out)
         os.replace(half, out)
@@ -426,6 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("name")
     train.add_argument("--out", type=Path, help="folder to write (default: the cache of house models)")
     train.add_argument("--steps", type=int, help="instead of the recipe's")
+    train.add_argument("--from", dest="start", type=Path, help="folder of the same model to go on from")
     train.add_argument("--threads", type=int, default=None, help="CPU threads")
     train.add_argument("--checkpoint", type=Path, help="folder that keeps the place; continues from it after a kill")
     options = parser.parse_args(arguments)
@@ -462,7 +501,12 @@ def _train_command(options: argparse.Namespace) -> None:
     out = options.out or cache_folder("house") / options.name
     with contextlib.suppress(BrokenPipeError):
         figures = train_house(
-            options.name, out, steps=options.steps, checkpoint=options.checkpoint, on_progress=progress
+            options.name,
+            out,
+            steps=options.steps,
+            start=options.start,
+            checkpoint=options.checkpoint,
+            on_progress=progress,
         )
         print(json.dumps(figures["test"], indent=2))
 

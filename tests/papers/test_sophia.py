@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import json
 import math
 import socket
 
@@ -13,7 +14,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from families import CORE, random_ids, tiny_model
+from papertrial.lm.optim import SignSGD, grid_settings
+from papertrial.lm.optimizer_study import LanguageModelTask, LossCurve, decoder
+from papertrial.lm.toy_losses import LogCosh, TwoCoordinates
 from papertrial.lm.training import train
+from papertrial.papers.optimization.sophia import experiment, mechanism, pretraining, tuning
 from papertrial.papers.optimization.sophia.method import (
     Sophia,
     SophiaG,
@@ -24,6 +29,7 @@ from papertrial.papers.optimization.sophia.method import (
     refresh_hessian,
     train_step,
 )
+from papertrial.papers.optimization.sophia.method.optimizer import PIECE
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -97,6 +103,26 @@ def test_update_equals_the_plain_oracle_with_groups_and_missing_gradients(foreac
     assert not optimizer.state[frozen]
 
 
+def test_large_tensors_cut_into_cache_sized_pieces_give_the_same_bits() -> None:
+    def result(foreach: bool) -> list[torch.Tensor]:
+        g = generator(20)
+        params = [
+            nn.Parameter(torch.randn(PIECE + 7, generator=g)),
+            nn.Parameter(torch.randn(3, generator=g)),
+            nn.Parameter(torch.randn(500, 600, generator=g).T),  # not contiguous: taken whole
+            nn.Parameter(torch.randn(2, PIECE, generator=g)),
+        ]
+        optimizer = SophiaG(params, lr=0.1, foreach=foreach)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=g)
+            optimizer.update_hessian(3)
+            optimizer.step()
+        return [*params, *(optimizer.state[p][name] for p in params for name in ("exp_avg", "hessian"))]
+
+    assert all(torch.equal(a, b) for a, b in zip(result(True), result(False), strict=True))
+
+
 def test_foreach_and_single_paths_are_bit_equal_on_a_transformer() -> None:
     runs = []
     for foreach in (True, False):
@@ -164,8 +190,6 @@ def test_unclipped_limit_is_lr_m_over_rho_bs() -> None:
 
 
 def test_rho_zero_is_sign_momentum_exactly() -> None:
-    from papertrial.lm.optim import SignSGD
-
     g = generator(3)
     a = nn.Parameter(torch.randn(64, generator=g))
     b = nn.Parameter(a.detach().clone())
@@ -705,3 +729,130 @@ def test_train_step_checks_its_arguments_and_stops_at_a_broken_loss() -> None:
     with pytest.raises(RuntimeError, match="lower lr or raise rho"):
         train_step(model, batch, optimizer, 0)
     assert optimizer.state_dict() == before
+
+
+# -- the experiment --------------------------------------------------------------------------------------------------
+
+
+def test_settings_in_use_are_the_best_of_the_recorded_grid_search() -> None:
+    scale = experiment.SCALES["small"]
+    table = json.loads(tuning.RESULTS.read_text())
+    assert {key: scale[key] for key in table["setup"]} == table["setup"], "tuned for another set-up"
+    assert set(table["runs"]) == set(scale["grids"]) == set(scale["settings"])
+    for name, rows in table["runs"].items():
+        assert [row["setting"] for row in rows] == list(grid_settings(scale["grids"][name]))
+        assert all(len(row["losses"]) == len(table["seeds"]) for row in rows)
+        assert scale["settings"][name] == min(rows, key=lambda row: sum(row["losses"]))["setting"]
+    assert len(table["runs"]["adamw"]) >= max(len(rows) for rows in table["runs"].values()), "AdamW is tuned as widely"
+
+
+def test_toy_arms_take_the_steps_that_their_formulas_say() -> None:
+    """One step from (3, -2) on a_i log cosh x_i with a = (1, 100), learning rate 0.1."""
+    a, x = torch.tensor([1.0, 100.0]).double(), torch.tensor([[3.0, -2.0]]).double()
+    problem = LogCosh(a, torch.zeros(2).double())
+    g, h = a * torch.tanh(x[0]), a / torch.cosh(x[0]) ** 2
+    expected = {
+        "gradient_descent": x[0] - 0.1 * g,
+        "sign_descent": x[0] - 0.1 * g.sign(),
+        "adam": x[0] - 0.1 * g.sign(),  # its first step, up to eps
+        "newton": x[0] - 0.1 * g / h,
+        "sophia_exact": x[0] - (0.5 * g / h).clamp(-0.1, 0.1),
+    }
+    assert set(expected) == set(mechanism.OPTIMIZERS)
+    for arm, point in expected.items():
+        found = mechanism.descend(arm, problem, x, [0.1], steps=1, target=-1.0)
+        torch.testing.assert_close(found.points[0, 0], point, rtol=1e-7, atol=1e-7)
+        assert found.steps.isinf().all()
+
+
+def test_toy_steps_are_counted_per_rate_and_problem() -> None:
+    problem = LogCosh(torch.ones(2, 2).double(), torch.zeros(2, 2).double())
+    start = torch.tensor([[0.0, 0.0], [0.5, 0.5]]).double()
+    found = mechanism.descend("sign_descent", problem, start, [0.25, 0.1], steps=20, target=1e-6)
+    assert found.steps[:, 0].tolist() == [0, 0]  # starts at the minimum
+    assert found.steps[0, 1] == 2
+    assert found.taken == 2  # solved at one rate: the best is known
+    found = mechanism.descend("sign_descent", problem, start, [0.25, 0.1], steps=20, target=1e-6, stop_early=False)
+    assert found.steps[:, 1].tolist() == [2, 5]
+    assert found.taken == 20
+
+
+def test_newton_finds_the_maximum_where_sophia_finds_a_minimum() -> None:
+    loss = TwoCoordinates()
+    start = torch.tensor([[0.2, 3.0]]).double()
+    newton = mechanism.descend("newton", loss, start, [1.0], steps=50, target=0.0, stop_early=False)
+    sophia = mechanism.descend("sophia_exact", loss, start, [0.1], steps=200, target=0.0, stop_early=False)
+    torch.testing.assert_close(newton.points[0, 0], torch.tensor([0.0, 4.0]).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(sophia.points[0, 0], torch.tensor([1.0, 4.0]).double(), rtol=0, atol=1e-6)
+    assert mechanism.at_a_minimum(loss, sophia.points, 1e-4).item()
+    assert not mechanism.at_a_minimum(loss, newton.points, 1e-4).item()
+
+
+def arm_run(points: list[tuple[float, float]], cost: float = 0.0, every: int = 1) -> pretraining.ArmRun:
+    return pretraining.ArmRun(LossCurve(points=points, train_loss=1.0), None, [], cost, every)
+
+
+def test_gradient_evaluations_charge_every_curvature_pass() -> None:
+    run = arm_run([(10.0, 1.0)], cost=0.5, every=5)
+    assert [run.evaluations(s) for s in (0, 1, 5, 6, 10, 11)] == [0, 1.5, 5.5, 7, 11, 12.5]
+
+
+def test_steps_to_the_baseline_take_the_better_of_two_runs_and_the_full_budget_where_there_is_none() -> None:
+    runs = {
+        "adamw": arm_run([(5.0, 4.0), (10.0, 3.0)]),
+        "sophia_g": arm_run([(5.0, 3.5), (10.0, 2.5)], cost=1.0, every=5),
+        "sophia_g_half": arm_run([(2.5, 4.0), (5.0, 2.0)], cost=1.0, every=5),
+        "sign_momentum": arm_run([(5.0, 4.0), (10.0, 3.1)]),
+    }
+    metrics = {name: experiment._measured(name, runs, 10) for name in runs}
+    assert metrics["adamw"]["steps_to_adamw_loss"] == 10
+    assert metrics["sophia_g"]["steps_to_adamw_loss"] == 3.75
+    assert metrics["sophia_g"]["gradient_evaluations_to_adamw_loss"] == 4.75
+    assert metrics["sign_momentum"]["steps_to_adamw_loss"] == 10
+    runs["sophia_g_half"] = arm_run([(2.5, 4.0), (5.0, 3.9)], cost=1.0, every=5)
+    assert experiment._measured("sophia_g", runs, 10)["steps_to_adamw_loss"] == 7.5
+    assert experiment._measured("sophia_g_half", runs, 10)["steps_to_adamw_loss"] == 10, "not its own half"
+
+
+def test_all_arms_share_start_and_batches_and_weight_decay_spares_vectors() -> None:
+    tokens = torch.randint(0, 40, (400,), generator=generator())
+    task = LanguageModelTask({"train": tokens, "test": tokens[:48].view(4, 12)}, 40, 2, 12)
+    model = {"family": "llama", "width": 16, "layers": 1, "heads": 2}
+    scale = {
+        "model": model, "warmup": 0.5, "floor": 0.1, "evaluate_every": 1, "precision": "fp32", "k": 1,
+        "curvature_rows": {"sophia_g": 1, "sophia_h": 1},
+    }  # fmt: skip
+    setting = {"lr": 0.0, "beta1": 0.5, "beta2": 0.5, "rho": 1.0, "weight_decay": 0.3}
+    losses = set()
+    for arm in ("adamw", "sophia_g", "sophia_h", "sign_momentum"):
+        run = pretraining.train_arm(
+            arm, setting, scale, task, tuning.tuning_streams(3), steps=3, split="test", device=torch.device("cpu")
+        )
+        losses.add((run.curve.final, run.curve.train_loss))
+        for group in run.optimizer.param_groups:
+            assert group["weight_decay"] == (0.3 if group["params"][0].ndim >= 2 else 0.0)
+            assert len({p.ndim >= 2 for p in group["params"]}) == 1
+    assert len(losses) == 1, "at lr 0 every arm sees the same model and the same batches"
+    with pytest.raises(ValueError, match="unknown arm 'sgd'"):
+        pretraining.make_optimizer("sgd", decoder(task, generator(), **model), setting)
+
+
+def test_task_reports_divergence_instead_of_raising_and_checks_its_arguments() -> None:
+    tokens = torch.randint(0, 40, (400,), generator=generator())
+    task = LanguageModelTask({"train": tokens, "valid": tokens[:48].view(4, 12)}, 40, 2, 12)
+    model = decoder(task, generator(), family="gpt2", width=16, layers=1, heads=2)
+    uniform = task.evaluate(model, "valid")
+    assert uniform == pytest.approx(math.log(40), abs=0.1)
+    assert task.tokens_per_step == 22
+    arguments = {"steps": 5, "schedule": lambda step: 1.0, "split": "valid", "evaluate_every": 2}
+    curve = task.run(model, torch.optim.SGD(model.parameters(), lr=1e20), generator(), **arguments)
+    assert curve.diverged_at is not None
+    assert curve.final == math.inf
+    with pytest.raises(ValueError, match="split"):
+        task.run(model, torch.optim.SGD(model.parameters()), generator(), **{**arguments, "split": "train"})
+    with pytest.raises(ValueError, match="evaluate_every"):
+        task.run(model, torch.optim.SGD(model.parameters()), generator(), **{**arguments, "evaluate_every": 0})
+    with pytest.raises(ValueError, match="family"):
+        decoder(task, generator(), family="mamba", width=16, layers=1, heads=2)
+    a, b = (decoder(task, generator(4), family="llama", width=16, layers=1, heads=2) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))

@@ -10,7 +10,10 @@ from torch.optim import Optimizer
 from papertrial.papers.optimization.sophia.method.curvature import Noise, hutchinson_diagonal
 
 Reduce = Callable[[Sequence[Tensor]], None]
+Pairs = list[tuple[Tensor, Tensor]]
 HALF = (torch.float16, torch.bfloat16)
+PIECE = 1 << 17
+"""Elements that a CPU works on at a time: few enough to stay in cache, enough to pay for the calls."""
 
 
 class Sophia(Optimizer):
@@ -40,8 +43,8 @@ class Sophia(Optimizer):
     weight_decay : decoupled, >= 0; usually about twice AdamW's.
     eps : > 0, the floor of ``rho * h``.
     reduce : hook that averages tensors over data-parallel workers in place, such as :func:`all_reduce_mean`.
-    foreach : batched tensor operations over all parameters of a group (default), or one parameter at a time, which
-        needs less memory. The same arithmetic.
+    foreach : batched tensor operations over many parameters (default), or one parameter at a time, which needs less
+        memory on an accelerator. The same arithmetic, bit for bit.
 
     Raises
     ------
@@ -129,38 +132,51 @@ class Sophia(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for params in self._buckets([p for p in group["params"] if p.grad is not None]):
-                self._update(params, group)
+            params = [p for p in group["params"] if p.grad is not None]
+            _refuse_sparse([p.grad for p in params])
+            self._update(params, group)
         return loss
-
-    def _buckets(self, params: list[Tensor]) -> list[list[Tensor]]:
-        """Parameters that one batched operation may take together: one device and one dtype each."""
-        for p in params:
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError("Sophia does not support sparse gradients: build the embedding with sparse=False")
-        if not self.foreach:
-            return [[p] for p in params]
-        buckets: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for p in params:
-            buckets.setdefault((p.device, p.dtype), []).append(p)
-        return list(buckets.values())
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         averages = [self._averages(p) for p in params]
-        momentum, hessian = [a["exp_avg"] for a in averages], [a["hessian"] for a in averages]
-        gradients = [p.grad.to(m.dtype) for p, m in zip(params, momentum, strict=True)]  # type: ignore[union-attr]
+        momenta, hessians = [a["exp_avg"] for a in averages], [a["hessian"] for a in averages]
+        gradients = [p.grad.to(m.dtype) for p, m in zip(params, momenta, strict=True)]  # type: ignore[union-attr]
         beta1, lr = group["betas"][0], group["lr"]
+        for theta, g, m, h in self._batches(params, gradients, momenta, hessians):
+            torch._foreach_mul_(m, beta1)
+            torch._foreach_add_(m, g, alpha=1 - beta1)
+            scales = torch._foreach_mul(h, group["rho"])
+            torch._foreach_clamp_min_(scales, group["eps"])  # h <= 0 ends here: m / eps is clipped to the sign of m
+            updates = torch._foreach_div(m, scales)
+            torch._foreach_clamp_max_(updates, 1.0)
+            torch._foreach_clamp_min_(updates, -1.0)
+            if group["weight_decay"]:
+                torch._foreach_mul_(theta, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(theta, updates, alpha=-lr)
 
-        torch._foreach_mul_(momentum, beta1)
-        torch._foreach_add_(momentum, gradients, alpha=1 - beta1)
-        scale = torch._foreach_mul(hessian, group["rho"])
-        torch._foreach_clamp_min_(scale, group["eps"])  # h <= 0 ends here: m / eps is clipped to the sign of m
-        updates = torch._foreach_div(momentum, scale)
-        torch._foreach_clamp_max_(updates, 1.0)
-        torch._foreach_clamp_min_(updates, -1.0)
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, updates, alpha=-lr)
+    def _batches(self, *columns: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+        """Aligned lists of tensors in portions that one batched operation takes together.
+
+        On an accelerator that is everything of one device and dtype, for few launches. On a CPU it is at most ``PIECE``
+        elements, large tensors cut up, so that a portion stays in cache through all the operations on it.
+        """
+        rows = list(zip(*columns, strict=True))
+        if not self.foreach:
+            yield from (tuple([tensor] for tensor in row) for row in rows)
+            return
+        buckets: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
+        for row in rows:
+            buckets.setdefault((row[0].device, row[0].dtype), []).append(row)
+        for (device, _), members in buckets.items():
+            portion: list[tuple[Tensor, ...]] = []
+            room = PIECE
+            for row in (piece for member in members for piece in _cut(member)) if device.type == "cpu" else members:
+                if device.type == "cpu" and portion and row[0].numel() > room:
+                    yield tuple(list(column) for column in zip(*portion, strict=True))
+                    portion, room = [], PIECE
+                portion.append(row)
+                room -= row[0].numel()
+            yield tuple(list(column) for column in zip(*portion, strict=True))
 
     # -- the curvature -------------------------------------------------------------------------------------------
 
@@ -189,16 +205,23 @@ class Sophia(Optimizer):
         for p, e in zip(params, estimates, strict=True):
             if e is not None and e.shape != p.shape:
                 raise ValueError(f"an estimate has shape {tuple(e.shape)} where its parameter has {tuple(p.shape)}")
-        bad = sum(not bool(torch.isfinite(norm)) for norm in torch._foreach_norm(given, float("inf")))
-        if bad:
-            raise RuntimeError(f"{bad} of {len(given)} curvature estimates hold NaN or infinity; h is unchanged")
-        remaining = iter(estimates)
-        for group in self.param_groups:
+        _refuse_broken(given, lambda e: e)
+        for group, pairs in self._by_group(estimates):
             beta2 = group["betas"][1]
-            pairs = [(p, e) for p, e in zip(group["params"], remaining, strict=False) if e is not None]
-            for p, e in pairs:
-                h = self._averages(p)["hessian"]
-                h.mul_(beta2).add_(e.to(h.dtype), alpha=1 - beta2)
+            hessians = [self._averages(p)["hessian"] for p, _ in pairs]
+            widened = [e.to(h.dtype) for h, (_, e) in zip(hessians, pairs, strict=True)]
+            for some, new in self._batches(hessians, widened):
+                torch._foreach_mul_(some, beta2)
+                torch._foreach_add_(some, new, alpha=1 - beta2)
+
+    def _by_group(
+        self, values: Sequence[Tensor | None]
+    ) -> Iterator[tuple[dict[str, Any], list[tuple[Tensor, Tensor]]]]:
+        """(group, [(parameter, value)]) of values in the order of :meth:`parameters`, those that are None left out."""
+        remaining = iter(values)
+        for group in self.param_groups:
+            pairs = [(p, next(remaining)) for p in group["params"]]
+            yield group, [(p, value) for p, value in pairs if value is not None]
 
     @torch.no_grad()
     def win_rate(self) -> float:
@@ -260,21 +283,27 @@ class SophiaG(Sophia):
         if bs <= 0:
             raise ValueError(f"bs is the number of tokens in the mean loss and must be positive, got {bs}")
         params = list(self.parameters())
-        gradients: list[Tensor | None]
-        if loss is None:
-            gradients = [None if p.grad is None else p.grad.clone() for p in params]
+        if loss is not None:
+            gradients = _gradients(loss, params)
+        else:
+            gradients = [None if p.grad is None else p.grad for p in params]
             if all(g is None for g in gradients):
                 raise RuntimeError("no parameter has a gradient: backward() the gnb_loss first, or pass it as loss")
-        else:
-            gradients = _gradients(loss, params)
-        present = [g for g in gradients if g is not None]
-        if any(g.is_sparse for g in present):
-            raise RuntimeError("Sophia does not support sparse gradients: build the embedding with sparse=False")
+        _refuse_sparse(gradients)
         if self.reduce is not None:
-            self.reduce(present)
-        # float32 first: the square of a half-precision gradient underflows
-        widened = [g.float() if g is not None and g.dtype in HALF else g for g in gradients]
-        self.fold_in([None if g is None else g.square().mul_(bs) for g in widened])
+            if loss is None:
+                gradients = [None if g is None else g.clone() for g in gradients]  # p.grad is the caller's
+            self.reduce([g for g in gradients if g is not None])
+        present = [g for g in gradients if g is not None]
+        _refuse_broken(present, lambda g: g.float().square() * bs)
+        for group, pairs in self._by_group(gradients):
+            beta2 = group["betas"][1]
+            hessians = [self._averages(p)["hessian"] for p, _ in pairs]
+            # float32 first: the square of a half-precision gradient underflows
+            widened = [g.to(h.dtype) for h, (_, g) in zip(hessians, pairs, strict=True)]
+            for some, new in self._batches(hessians, widened):
+                torch._foreach_mul_(some, beta2)
+                torch._foreach_addcmul_(some, new, new, value=(1 - beta2) * bs)
 
 
 class SophiaH(Sophia):
@@ -323,3 +352,26 @@ def _gradients(loss: Tensor, params: list[Tensor]) -> list[Tensor | None]:
     trainable = [p for p in params if p.requires_grad]
     found = iter(torch.autograd.grad(loss, trainable, allow_unused=True))
     return [next(found) if p.requires_grad else None for p in params]
+
+
+def _cut(row: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """One row of aligned tensors as rows of flat views of at most ``PIECE`` elements."""
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_contiguous() for t in row)
+    if not plain or row[0].numel() <= PIECE:
+        yield row
+    else:
+        yield from zip(*(t.detach().view(-1).split(PIECE) for t in row), strict=True)
+
+
+def _refuse_sparse(gradients: Iterable[Tensor | None]) -> None:
+    if any(g is not None and g.is_sparse for g in gradients):
+        raise RuntimeError("Sophia does not support sparse gradients: build the embedding with sparse=False")
+
+
+def _refuse_broken(values: list[Tensor], estimate: Callable[[Tensor], Tensor]) -> None:
+    """Refuse values whose estimate is not finite: it would stay in h for good."""
+    # a norm is one quick pass; only where it is huge or NaN are the elements looked at
+    suspects = [v for v, norm in zip(values, torch._foreach_norm(values), strict=True) if not norm.item() < 1e15]
+    bad = sum(not bool(torch.isfinite(estimate(v)).all()) for v in suspects)
+    if bad:
+        raise RuntimeError(f"{bad} of {len(values)} curvature estimates hold NaN or infinity; h is unchanged")

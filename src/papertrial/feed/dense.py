@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from papertrial.feed.lexical import Document, Filters
 
 EXACT_ROWS = 100_000  # an exact scan of so many rows takes some 10 ms on one core
-GRAPH_OPTIONS: dict[str, Any] = {"connectivity": 16, "expansion_add": 96, "expansion_search": 192}
+GRAPH_OPTIONS: dict[str, Any] = {"connectivity": 16, "expansion_add": 64, "expansion_search": 192}
 _COMPACT_DEAD = 0.25  # a segment with a larger share of dead rows is written anew
 _THREADS = 2
 ROW = np.dtype(

@@ -1,6 +1,8 @@
 """House tokenizers: byte-level BPE and unigram, trained on the spot, the same from the same texts."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -66,6 +68,9 @@ def train_unigram(
 ) -> "PreTrainedTokenizerFast":
     """Unigram language-model tokenizer (1804.10959) over bytes: byte-exact like ``train_bpe``, and takes its arguments.
 
+    The library finds the pieces; it sums in an order left to chance, which shows in the second digit of their scores.
+    So the scores are estimated again here, by expectation-maximisation from the same start for every piece.
+
     Raises
     ------
     ValueError
@@ -85,8 +90,53 @@ def train_unigram(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    rows = list(texts)
+    tokenizer.train_from_iterator(rows, trainer)
+    words = Counter(word for row in rows for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(row))
+    pieces = sorted(set(tokenizer.get_vocab()) - set(tokens))
+    scores = unigram_scores(pieces, words)
+    vocabulary = [(token, 0.0) for token in tokens] + sorted(scores.items(), key=lambda item: (-item[1], item[0]))
+    tokenizer.model = models.Unigram(vocabulary)
     return wrap(tokenizer, tokens, padding_side)
+
+
+def unigram_scores(pieces: Sequence[str], words: Mapping[str, int], rounds: int = 6) -> dict[str, float]:
+    """Log-probabilities of ``pieces`` that make ``words`` (word to count) likely, all their segmentations summed.
+
+    Expectation-maximisation from equal probabilities (1804.10959, section 3.2). A piece keeps at least the weight of
+    half an occurrence, so that each can still be used.
+    """
+    scores = dict.fromkeys(pieces, -math.log(len(pieces)))
+    longest = max(map(len, pieces))
+    for _ in range(rounds):
+        expected = dict.fromkeys(pieces, 0.5)
+        for word, count in sorted(words.items()):
+            _expect(word, count, scores, longest, expected)
+        total = math.log(sum(expected.values()))
+        scores = {piece: math.log(weight) - total for piece, weight in expected.items()}
+    return scores
+
+
+def _expect(word: str, count: int, scores: Mapping[str, float], longest: int, expected: dict[str, float]) -> None:
+    """Add the expected count of each piece in ``count`` copies of ``word``: forward and backward sums over its lattice.
+
+    Words of hundreds of characters, whose probability is below the smallest number, are passed over.
+    """
+    n = len(word)
+    arcs = [
+        (start, end, word[start:end], math.exp(scores[word[start:end]]))
+        for start in range(n)
+        for end in range(start + 1, min(n, start + longest) + 1)
+        if word[start:end] in scores
+    ]
+    forward, backward = [1.0] + [0.0] * n, [0.0] * n + [1.0]
+    for start, end, _, p in arcs:  # in the order of their starts
+        forward[end] += forward[start] * p
+    for start, end, _, p in reversed(arcs):
+        backward[start] += p * backward[end]
+    if forward[n] > 0.0:
+        for start, end, piece, p in arcs:
+            expected[piece] += count * forward[start] * p * backward[end] / forward[n]
 
 
 def byte_tokenizer(*, specials: Sequence[str] = ()) -> "PreTrainedTokenizerFast":

@@ -239,6 +239,8 @@ def test_clip_bounds_the_tokens_and_only_when_asked():
     tame = LinearSelfAttentionStack.from_weights(4, 1, weights, n_layers=3, clip=10.0)
     assert wild.double()(*args).abs().max() > 100
     assert tame.double()(*args).abs().max() <= 10
+    built = GDBaseline(50.0, 3).attention_stack(4, 1, batch.n_context, clip=10.0).double()
+    torch.testing.assert_close(built(*args), tame(*args))
 
 
 def test_training_from_a_small_random_start_reaches_tuned_gradient_descent():

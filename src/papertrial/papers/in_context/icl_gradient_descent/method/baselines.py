@@ -56,9 +56,11 @@ class GDBaseline:
 
     __call__ = predict
 
-    def attention_stack(self, dim_x: int, dim_y: int, n_context: int) -> LinearSelfAttentionStack:
-        """The constructed linear self-attention stack that computes these predictions."""
-        return _attention_stack(self.lr, 0.0, self.steps, self.start, (dim_x, dim_y, n_context))
+    def attention_stack(
+        self, dim_x: int, dim_y: int, n_context: int, *, clip: float | None = None
+    ) -> LinearSelfAttentionStack:
+        """The constructed stack that computes these predictions, but for tokens that ``clip`` holds back."""
+        return _attention_stack(self.lr, 0.0, self.steps, self.start, (dim_x, dim_y, n_context), clip)
 
     def fit(
         self, world: World, generator: torch.Generator, *, n_tasks: int = 10_000, per_step: bool = False
@@ -113,9 +115,11 @@ class GDPlusPlusBaseline:
 
     __call__ = predict
 
-    def attention_stack(self, dim_x: int, dim_y: int, n_context: int) -> LinearSelfAttentionStack:
-        """The constructed linear self-attention stack that computes these predictions."""
-        return _attention_stack(self.lr, self.gamma, self.steps, self.start, (dim_x, dim_y, n_context))
+    def attention_stack(
+        self, dim_x: int, dim_y: int, n_context: int, *, clip: float | None = None
+    ) -> LinearSelfAttentionStack:
+        """The constructed stack that computes these predictions, but for tokens that ``clip`` holds back."""
+        return _attention_stack(self.lr, self.gamma, self.steps, self.start, (dim_x, dim_y, n_context), clip)
 
     def fit(
         self, world: World, generator: torch.Generator, *, n_tasks: int = 10_000, per_step: bool = False
@@ -195,13 +199,18 @@ def _weights(x: Tensor, y: Tensor, lr: Rate, gamma: Rate, steps: int, start: Ten
 
 
 def _attention_stack(
-    lr: PerStep, gamma: PerStep, steps: int, start: Tensor | None, sizes: tuple[int, int, int]
+    lr: PerStep,
+    gamma: PerStep,
+    steps: int,
+    start: Tensor | None,
+    sizes: tuple[int, int, int],
+    clip: float | None,
 ) -> LinearSelfAttentionStack:
     dim_x, dim_y, n_context = sizes
     pairs = list(zip(_each("lr", lr, steps), _each("gamma", gamma, steps), strict=True))
-    shared = len(set(pairs)) == 1
     each = [gd_attention_weights(dim_x, dim_y, lr, n_context, start, gamma) for lr, gamma in pairs]
-    return LinearSelfAttentionStack.from_weights(dim_x, dim_y, each[0] if shared else each, n_layers=steps, start=start)
+    weights = each[0] if len(set(pairs)) == 1 else each
+    return LinearSelfAttentionStack.from_weights(dim_x, dim_y, weights, n_layers=steps, start=start, clip=clip)
 
 
 def _tuning_prompts(world: World, generator: torch.Generator, n_tasks: int) -> PromptBatch:

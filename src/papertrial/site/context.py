@@ -25,6 +25,7 @@ from papertrial.site.errors import Problem
 from papertrial.site.limits import Limiter, credential_of
 from papertrial.site.mail import Mailer, mailer_of
 from papertrial.site.people.accounts import Reader, reader_of_session, reader_of_token
+from papertrial.site.people.recommend import Recommender
 from papertrial.site.settings import Settings
 
 log = logging.getLogger("papertrial.site")
@@ -46,6 +47,11 @@ class Context:
         """The search index of the database."""
         encoder = "auto" if self.settings.encoder else None
         return SearchIndex(index_folder(self.settings.database), encoder)  # type: ignore[arg-type]
+
+    @cached_property
+    def recommender(self) -> Recommender:
+        """Learns from tags."""
+        return Recommender(self.store)
 
     @cached_property
     def key(self) -> bytes:

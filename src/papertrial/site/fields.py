@@ -49,6 +49,8 @@ Text = Annotated[str, AfterValidator(checked_text)]
 
 #: A paper in an address: arXiv id, our key, or slug. The route writes ``{paper_id:paper}``.
 PaperName = Annotated[str, Path(max_length=80, description="arXiv id, key or slug of a paper")]
+#: The number of a row; the database knows no others.
+RowNumber = Annotated[int, Path(ge=1, lt=2**63)]
 Query250 = Annotated[str | None, Query(max_length=250, description="words, a title, a sentence or an arXiv id")]
 Limit = Annotated[int, Query(ge=1, le=100, description="how many at most")]
 Offset = Annotated[int, Query(ge=0, le=1_000_000, description="how many to leave out before")]

@@ -12,7 +12,7 @@ from papertrial.feed.ingest import ingest_scope
 from papertrial.feed.search import IndexBusy
 from papertrial.site.background import Job
 from papertrial.site.context import Context
-from papertrial.site.people import accounts, pulse
+from papertrial.site.people import accounts, pulse, submissions
 
 log = logging.getLogger("papertrial.site")
 
@@ -32,6 +32,7 @@ def jobs(here: Context) -> list[Job]:
         Job("scope", 3600.0, lambda: _take_in_scope(here)),
         Job("index", 15.0, lambda: _update_index(here), lease=3600.0),
         Job("pulse", 300.0, lambda: pulse.refresh_all(here.store)),
+        Job("submissions", 60.0, lambda: _work_off_submissions(here)),
         Job("board", 5.0, lambda: _refresh_board(here), everywhere=True),
     ]
 
@@ -63,6 +64,11 @@ def _update_index(here: Context) -> None:
             update_index(here.store, here.index)
         except IndexBusy as error:
             log.info("%s", error)
+
+
+def _work_off_submissions(here: Context) -> None:
+    if here.settings.fetch:
+        submissions.work_off(here.store, here.today())
 
 
 def _refresh_board(here: Context) -> None:

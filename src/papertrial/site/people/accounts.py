@@ -13,6 +13,7 @@ from papertrial.feed import people_schema as tables
 from papertrial.feed.store import Store, utc_now
 from papertrial.site.errors import Problem
 from papertrial.site.keys import new_token, token_hash
+from papertrial.site.people import pulse
 
 Role = Literal["reader", "admin", "blocked"]
 
@@ -97,6 +98,21 @@ def reader_of_token(store: Store, hashed: str) -> Reader | None:
 def reader_by_name(store: Store, name: str) -> Reader | None:
     """An account by its name."""
     return _one_reader(store, sa.select(tables.users).where(tables.users.c.name == name))
+
+
+def id_of(store: Store, name: str) -> int:
+    """The number of an account, also of a blocked one.
+
+    Raises
+    ------
+    Problem
+        404 where there is no such account.
+    """
+    with store.reading() as connection:
+        found = connection.execute(sa.select(tables.users.c.id).where(tables.users.c.name == name)).scalar()
+    if found is None:
+        raise Problem(404, f"there is no account {name[:40]!r}", field="name")
+    return int(found)
 
 
 def _one_reader(store: Store, query: sa.Select[Any]) -> Reader | None:
@@ -280,7 +296,12 @@ def delete_account(store: Store, user_id: int) -> None:
         admins = connection.execute(sa.select(sa.func.count()).where(users.c.role == "admin")).scalar_one()
         if role == "admin" and admins == 1:
             raise Problem(409, "the last administrator cannot be deleted; make another one first")
+        touched: set[int] = set()
+        for table in (tables.votes, tables.comments):
+            mine = sa.select(table.c.paper_id).where(table.c.user_id == user_id)
+            touched |= set(connection.execute(mine).scalars())
         connection.execute(users.delete().where(users.c.id == user_id))
+        pulse.refresh(connection, sorted(touched))
 
 
 def set_role(store: Store, user_id: int, role: Role) -> None:

@@ -91,6 +91,9 @@ def refresh(connection: sa.Connection, paper_ids: Sequence[int]) -> None:
     """Sum up some papers anew, in the transaction that changed them."""
     votes, comments = tables.votes, tables.comments
     for paper_id in paper_ids:
+        # Two voters at once (PostgreSQL): the second one waits here, and then counts the first one's vote.
+        lock = sa.select(papers.c.id).where(papers.c.id == paper_id).with_for_update(key_share=True)
+        connection.execute(lock)
         query = sa.select(votes.c.cast_at, votes.c.weight).where(votes.c.paper_id == paper_id)
         cast = [(row.cast_at, row.weight) for row in connection.execute(query)]
         shown = (comments.c.paper_id == paper_id, comments.c.removed.is_(None))

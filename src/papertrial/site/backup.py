@@ -1,0 +1,231 @@
+"""Backup and restore: everything that cannot be made again, in one file, from SQLite or PostgreSQL into either.
+
+The file is a ZIP archive: ``manifest.json`` (schema, rows and digest of every table), ``tables/<name>.jsonl`` (a row a
+line), ``keys/`` and ``evidence/`` (the user's own runs) of the home folder. All tables are read in one transaction, so
+the service may go on while a backup is made. What is derived (the search index, figures) is left out.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+import papertrial
+from papertrial.errors import PapertrialError, UsageError
+from papertrial.feed import schema
+from papertrial.feed.database import explained
+from papertrial.feed.store import Store
+from papertrial.home import home
+
+FORMAT = 1
+_ROWS = 500
+_FOLDERS = ("keys", "evidence")
+_MANIFEST = "manifest.json"
+_LONGEST_LINE = 64_000_000
+
+
+def backup(path: Path, database: str | None = None) -> dict[str, int]:
+    """Write a backup; rows by table. The file is complete or not there at all, and only its owner may read it.
+
+    Raises
+    ------
+    UsageError
+        The path is there already, or cannot be written.
+    PapertrialError
+        The database cannot be read.
+    """
+    path = path.absolute()
+    if path.exists():
+        raise UsageError(f"{path} is there already; name a new file")
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w+b") as stream:
+            with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive:
+                counts = _write(archive, database)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return counts
+
+
+def _write(archive: zipfile.ZipFile, database: str | None) -> dict[str, int]:
+    counts, digests = {}, {}
+    with Store.open(database) as store, _snapshot(store) as connection:
+        for table in schema.metadata.sorted_tables:
+            with archive.open(f"tables/{table.name}.jsonl", "w", force_zip64=True) as stream:
+                total, digest = 0, hashlib.sha256()
+                for row in connection.execute(sa.select(table).order_by(*table.primary_key.columns)).mappings():
+                    line = json.dumps(dict(row), default=_plain, ensure_ascii=False).encode() + b"\n"
+                    stream.write(line)
+                    digest.update(line)
+                    total += 1
+            counts[table.name], digests[table.name] = total, digest.hexdigest()
+    for name in _FOLDERS:
+        for file in sorted((home() / name).rglob("*")):
+            if file.is_file() and not file.name.startswith("."):
+                archive.write(file, f"{name}/{file.relative_to(home() / name).as_posix()}")
+    manifest = {
+        "format": FORMAT,
+        "papertrial": papertrial.__version__,
+        "schema": schema.HEAD,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rows": counts,
+        "digests": digests,
+    }
+    archive.writestr(_MANIFEST, json.dumps(manifest, indent=1))
+    return counts
+
+
+@contextmanager
+def _snapshot(store: Store) -> Iterator[sa.Connection]:
+    """One state of the database for all tables."""
+    options: dict[str, Any] = {"stream_results": True}
+    if store.engine.url.get_backend_name() == "postgresql":
+        options["isolation_level"] = "REPEATABLE READ"
+    with (
+        explained(store.engine.url),
+        store.engine.connect().execution_options(**options) as connection,
+        connection.begin(),
+    ):
+        yield connection
+
+
+def restore(path: Path, database: str | None = None, *, force: bool = False) -> dict[str, int]:
+    """Bring a backup back; rows by table. All of the database is replaced, or nothing.
+
+    Parameters
+    ----------
+    force
+        Replace a database that has papers or accounts in it already.
+
+    Raises
+    ------
+    UsageError
+        The file is not a backup, is damaged, or was made by a newer version; the database is not empty.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            manifest = _manifest(archive, path)
+            with Store.open(database) as store:
+                _check_empty(store, force)
+                with store.writing() as connection:
+                    counts = _replace(connection, archive, manifest, path)
+            _restore_files(archive)
+            return counts
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}") from None
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise UsageError(f"{path} is damaged or no backup: {error}") from None
+
+
+def _manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(archive.read(_MANIFEST))
+        rows, digests = dict(manifest["rows"]), dict(manifest["digests"])
+        made_with, file_format = str(manifest["schema"]), int(manifest["format"])
+    except (KeyError, ValueError, TypeError):
+        raise UsageError(f"{path} is not a backup of Papertrial") from None
+    if file_format != FORMAT or made_with > schema.HEAD:
+        raise UsageError(f"{path} was made by a newer Papertrial (schema {made_with}, this one knows {schema.HEAD})")
+    return {"rows": rows, "digests": digests}
+
+
+def _check_empty(store: Store, force: bool) -> None:
+    if force:
+        return
+    from papertrial.feed.people_schema import users
+
+    with store.reading() as connection:
+        people = connection.execute(sa.select(sa.func.count()).select_from(users)).scalar_one()
+    if store.count() or people:
+        raise UsageError(
+            f"the database has {store.count():,} papers and {people} accounts; give --force to replace them"
+        )
+
+
+def _replace(
+    connection: sa.Connection, archive: zipfile.ZipFile, manifest: dict[str, Any], path: Path
+) -> dict[str, int]:
+    tables = schema.metadata.sorted_tables
+    for table in reversed(tables):
+        connection.execute(table.delete())
+    counts = {}
+    for table in tables:
+        if table.name not in manifest["rows"]:
+            continue  # a table that came after the backup was made
+        batch, total, digest = [], 0, hashlib.sha256()
+        with archive.open(f"tables/{table.name}.jsonl") as stream:
+            while line := stream.readline(_LONGEST_LINE):
+                digest.update(line)
+                batch.append(_row(table, line, path))
+                total += 1
+                if len(batch) == _ROWS:
+                    connection.execute(table.insert(), batch)
+                    batch = []
+        if batch:
+            connection.execute(table.insert(), batch)
+        if total != manifest["rows"][table.name] or digest.hexdigest() != manifest["digests"].get(table.name):
+            raise UsageError(f"{path} is damaged: table {table.name} is not what was written")
+        counts[table.name] = total
+    _count_on(connection)
+    return counts
+
+
+def _row(table: sa.Table, line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        return {column.name: _typed(column, row[column.name]) for column in table.columns if column.name in row}
+    except (ValueError, TypeError, AttributeError):
+        raise UsageError(f"{path} is damaged: a row of table {table.name} cannot be read") from None
+
+
+def _typed(column: sa.Column[Any], value: Any) -> Any:
+    if value is not None and isinstance(column.type, sa.DateTime):
+        return datetime.fromisoformat(value)
+    if value is not None and isinstance(column.type, sa.Date):
+        return date.fromisoformat(value)
+    return value
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, datetime | date):
+        return value.isoformat()
+    raise PapertrialError(f"{type(value).__name__} cannot be backed up")
+
+
+def _count_on(connection: sa.Connection) -> None:
+    """PostgreSQL: numbers that it gives out go on behind the restored ones. SQLite sees to it by itself."""
+    if connection.dialect.name != "postgresql":
+        return
+    for table in schema.metadata.sorted_tables:
+        for column in table.primary_key.columns:
+            found = connection.execute(sa.select(sa.func.pg_get_serial_sequence(table.name, column.name))).scalar()
+            if found:
+                top = connection.execute(sa.select(sa.func.max(column))).scalar()
+                connection.execute(sa.select(sa.func.setval(found, (top or 0) + 1, False)))
+
+
+def _restore_files(archive: zipfile.ZipFile) -> None:
+    for name in archive.namelist():
+        folder, _, rest = name.partition("/")
+        target = (home() / name).resolve()
+        inside = target.is_relative_to((home() / folder).resolve())
+        if folder not in _FOLDERS or not rest or name.endswith("/") or not inside:
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        target.unlink(missing_ok=True)
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(archive.read(name))

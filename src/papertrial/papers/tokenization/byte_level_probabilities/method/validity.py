@@ -1,0 +1,251 @@
+"""Which token sequences an encoder can produce: the condition under the sum of the representation lemma.
+
+A sequence is valid if some text is encoded to tokens that begin with it. For plain BPE that is the same as "encoding
+its bytes gives it back". A pre-tokenizer that looks ahead makes a difference: GPT-2 cuts a run of blanks before its
+last blank only if a word follows, so that after ``"a  "`` both ``[a][ ][ ]`` and ``[a][  ]`` may still be on their
+way. Here every cut that some continuation would cause is considered, and the lemma stays exact.
+"""
+
+import codecs
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from papertrial.lm.token_bytes import TokenBytes
+
+Mode = Literal["exact", "pairwise", "off"]
+
+FOLLOWERS = ("", "a", "A", "1", "!", " ", "\n", " a", "e", "l", "t", "\u3042")
+"""Continuations that pre-tokenizers tell apart: letters, digits, marks, blanks, line ends, and contractions ('re)."""
+
+MASK_BYTES = 64 * 2**20
+"""Memory for remembered masks."""
+
+
+class Validity:
+    """Valid continuations of a token sequence.
+
+    Parameters
+    ----------
+    tokens
+        The tokenizer.
+    mode
+        ``exact``; ``pairwise`` (each token against its predecessor only: the same for BPE without pre-tokenizer,
+        nearly the same with one, and remembered per token instead of per word); ``off`` (every token passes).
+
+    Notes
+    -----
+    What decides lies after the last cut that no continuation can move, the *tail* of a sequence: the current word, as
+    a rule. Everything here is remembered per tail. Pre-tokenizers may look ahead over blanks and contractions; other
+    lookahead is not known from any published decoder and would not be seen.
+
+    Raises
+    ------
+    ValueError
+        For an unknown mode, or a tokenizer whose encoding is not BPE or not invertible.
+    """
+
+    def __init__(self, tokens: TokenBytes, mode: Mode = "exact") -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"validity must be one of {', '.join(get_args(Mode))}; got {mode!r}")
+        if tokens.lossy is not None:
+            raise ValueError(f"this tokenizer cannot be inverted: {tokens.lossy}; use one that keeps every byte")
+        if tokens.algorithm != "BPE":
+            raise ValueError(
+                f"the encoder is {tokens.algorithm}; which of its sequences are valid depends on all of the text to "
+                "come (only BPE decides it locally): use a model with a BPE tokenizer"
+            )
+        self.tokens, self.mode = tokens, mode
+        self._remembered: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self._fallback: dict[bytes, bool] = {}
+        self._room = max(16, MASK_BYTES // tokens.size)
+        text = [bool(tokens.bytes_of(token)) for token in range(tokens.size)]
+        self.textual = torch.tensor(text)
+
+    # -- what is asked -------------------------------------------------------------------------------------------
+
+    def tail(self, sequence: tuple[int, ...]) -> tuple[int, ...]:
+        """The end of a sequence that decides what may follow it."""
+        if not self.tokens.splits:
+            return self._last_whole(sequence)
+        data = self._join(sequence)
+        whole, partial = _utf8(data) or ("", b"")
+        if partial:  # cuts before an unfinished character are judged without it
+            data = data[: len(data) - len(partial)]
+        start = self._steady_cut(whole)
+        at, first = 0, 0
+        while at < start:
+            at += len(self.tokens.bytes_of(sequence[first]) or b"")
+            first += 1
+        return sequence[first:]
+
+    def mask(self, tail: tuple[int, ...]) -> Tensor:
+        """Bool (V,): the tokens that may follow a tail. Special tokens never may."""
+        if self.mode == "off":
+            return self.textual
+        if self.mode == "pairwise":
+            tail = self._last_whole(tail)
+        found = self._remembered.get(tail)
+        if found is None:
+            found = torch.tensor([self._accepts(tail, token) for token in range(self.tokens.size)])
+            self._remembered[tail] = found
+            if len(self._remembered) > self._room:
+                self._remembered.popitem(last=False)
+        else:
+            self._remembered.move_to_end(tail)
+        return found
+
+    def accepts(self, tail: tuple[int, ...], token: int) -> bool:
+        """Whether one token may follow a tail; exact even where masks are off."""
+        if self.mode == "pairwise":
+            tail = self._last_whole(tail)
+        found = self._remembered.get(tail)
+        return bool(found[token]) if found is not None else self._accepts(tail, token)
+
+    def may_end(self, tail: tuple[int, ...]) -> bool:
+        """Whether a text may end after a tail: then it must be the encoding of its own bytes."""
+        data = self._join(tail)
+        head = _continuation_bytes(data)
+        found = _utf8(data[head:])
+        if found is None or found[1]:
+            return False
+        if head:
+            return True  # begins inside a character, which happens without pre-tokenizer only; pairs were checked
+        return self._canonical(found[0]) == tail
+
+    # -- how it is decided ---------------------------------------------------------------------------------------
+
+    def _join(self, sequence: tuple[int, ...]) -> bytes:
+        return b"".join(self.tokens.bytes_of(token) or b"" for token in sequence)
+
+    def _last_whole(self, sequence: tuple[int, ...]) -> tuple[int, ...]:
+        """The last token, with those before it that hold the beginning of its first character."""
+        for length in range(1, len(sequence) + 1):
+            end = sequence[-length:]
+            if not _continuation_bytes(self._join(end)):
+                return end
+        return sequence
+
+    def _canonical(self, text: str) -> tuple[int, ...]:
+        return tuple(token for piece in self.tokens.pieces(text) for token in self.tokens.cut(piece))
+
+    def _accepts(self, tail: tuple[int, ...], token: int) -> bool:
+        new = self.tokens.bytes_of(token)
+        if not new:
+            return False
+        data = self._join(tail) + new
+        found = _utf8(data)
+        if found is None:
+            return False
+        sequence = (*tail, token)
+        whole, partial = found
+        if self.tokens.kind == "sentencepiece":
+            return self._accepts_pieces(sequence, whole, partial)
+        if not partial:
+            if self._canonical(whole) == sequence:
+                return True
+            if not self.tokens.splits or not _looks_ahead(whole):
+                return False
+        elif not self.tokens.splits:
+            return self.tokens.cut(self.tokens.spell(data)) == sequence
+        return any(cut == sequence for cut in self._possible(whole, partial, len(data)))
+
+    def _accepts_pieces(self, sequence: tuple[int, ...], whole: str, partial: bytes) -> bool:
+        """SentencePiece: an unfinished character can only be one that falls back to its bytes."""
+        if not partial:
+            return self._canonical(whole) == sequence
+        if not self._falls_back(partial):
+            return False
+        spelled = tuple(self.tokens.byte_tokens.get(byte, -1) for byte in partial)
+        return self._canonical(whole) + spelled == sequence
+
+    def _falls_back(self, partial: bytes) -> bool:
+        """Whether some character that begins with these bytes is not in the vocabulary."""
+        if partial not in self._fallback:
+            known = self.tokens.ids_of
+            self._fallback[partial] = any(character.encode() not in known for character in _characters(partial))
+        return self._fallback[partial]
+
+    def _possible(self, whole: str, partial: bytes, length: int) -> Iterator[tuple[int, ...]]:
+        """Token sequences of the first ``length`` bytes under the cuts that the possible continuations cause."""
+        tokens, seen = self.tokens, set()
+        for follower in _followers(partial):
+            left, pieces = length, []
+            for piece in tokens.pieces(whole + follower):
+                pieces.append(piece[:left])  # byte-level: a character a byte
+                left -= len(pieces[-1])
+                if not left:
+                    break
+            cut = tuple(pieces)
+            if cut not in seen:
+                seen.add(cut)
+                yield tuple(token for piece in cut for token in tokens.cut(piece))
+
+    def _steady_cut(self, text: str) -> int:
+        """The last byte offset of ``text`` at which a piece begins whatever follows."""
+        steady: set[int] | None = None
+        end = len(text.encode())
+        for follower in FOLLOWERS:
+            starts, at = set(), 0
+            for piece in self.tokens.pieces(text + follower):
+                if at > end:
+                    break
+                starts.add(at)
+                at += self.tokens.width(piece)
+            if not follower:
+                starts.add(end)
+            steady = starts if steady is None else steady & starts
+        return max(steady or {0})
+
+
+def _looks_ahead(text: str) -> bool:
+    """Whether what follows can move a cut inside ``text``: after blanks, and in what may be a contraction."""
+    return text[-1].isspace() or "'" in text[-3:] or "\u2019" in text[-3:]
+
+
+def _continuation_bytes(data: bytes) -> int:
+    """How many bytes at the beginning continue a character that began before."""
+    count = 0
+    while count < len(data) and data[count] & 0xC0 == 0x80:
+        count += 1
+    return count
+
+
+def _utf8(data: bytes) -> tuple[str, bytes] | None:
+    """Whole characters and the unfinished one at the end; None if no continuation makes it UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        text = decoder.decode(data)
+    except UnicodeDecodeError:
+        return None
+    return text, decoder.getstate()[0]
+
+
+@lru_cache(maxsize=1024)
+def _followers(partial: bytes) -> tuple[str, ...]:
+    """Continuations to try: after an unfinished character, one completion of each class first."""
+    if not partial:
+        return FOLLOWERS
+    classes: dict[tuple[bool, bool, bool, bool], str] = {}
+    for character in _characters(partial):
+        key = (character.isalpha(), character.isnumeric(), character.isspace(), character.isupper())
+        classes.setdefault(key, character)
+    return tuple(character + more for character in classes.values() for more in ("", "a", " "))
+
+
+def _characters(partial: bytes) -> Iterator[str]:
+    """The characters whose UTF-8 begins with ``partial``, in the order of their numbers."""
+    lead = partial[0]
+    length = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+    missing = length - len(partial)
+    number = lead & (0x7F >> length)
+    for byte in partial[1:]:
+        number = number << 6 | byte & 0x3F
+    for code in range(number << 6 * missing, (number + 1) << 6 * missing):
+        lowest = (0x80, 0x800, 0x10000)[length - 2]
+        if lowest <= code <= 0x10FFFF and not 0xD800 <= code <= 0xDFFF:
+            yield chr(code)

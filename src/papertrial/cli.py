@@ -60,7 +60,10 @@ def run(
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="How many seeds, instead of the scale's own.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default 2.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for each seed; default 1.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Seeds side by side; default 2 on a CPU, 1 on a GPU.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Where to write the HTML report.")] = None,
     record: Annotated[
         bool, typer.Option("--record", help="Maintainers: keep the result as the paper's reference evidence.")
@@ -76,7 +79,7 @@ def run(
         raise UsageError("name one paper, or give --aged")
     cards = _aged_cards(scale) if aged else [find_card(slug or "")]
     for card in cards:
-        _run_one(card, scale, model, seeds, device, threads, report, record, fresh, as_json)
+        _run_one(card, scale, model, seeds, device, threads, workers, report, record, fresh, as_json)
 
 
 def _aged_cards(scale: str) -> list[Any]:
@@ -94,6 +97,7 @@ def _run_one(
     seeds: int | None,
     device: str | None,
     threads: int | None,
+    workers: int | None,
     report: Path | None,
     record: bool,
     fresh: bool,
@@ -108,7 +112,7 @@ def _run_one(
         raise UsageError(
             "only the experiment's own model at small, gpu or paper scale can be recorded as reference evidence"
         )
-    plan = runner.plan_run(card, scale, model=model, seeds=seeds, device=device, threads=threads)
+    plan = runner.plan_run(card, scale, model=model, seeds=seeds, device=device, threads=threads, workers=workers)
     console, notes = _console(), _console(stderr=True)
     again = (
         f"papertrial run {card.slug} --scale {scale}"
@@ -117,7 +121,7 @@ def _run_one(
     )
     kept = [] if fresh else runner.finished_seeds(plan)
     notes.print(
-        f"[bold]{card.slug}[/] at {scale}: {len(plan.seeds)} seed(s), {plan.threads} thread(s), {plan.device}"
+        f"[bold]{card.slug}[/] at {scale}: {len(plan.seeds)} seed(s), {plan.workers} at a time, {plan.device}"
         + (f"; {len(kept)} already finished" if kept else ""),
         highlight=False,
     )

@@ -67,9 +67,9 @@ class LiveProgress(ProgressListener):
         self._bar.update(task, completed=done, total=total, rate=f"{speed:,.3g}/s" if speed else "")
 
     def seed_finished(self, record: "TrialRecord", resumed: bool) -> None:
-        for task in self._parts.values():
-            self._bar.remove_task(task)
-        self._parts.clear()
+        own = f"seed {record.seed}: "  # parts of seeds that run beside it stay
+        for part in [part for part in self._parts if part.startswith(own) or not part.startswith("seed ")]:
+            self._bar.remove_task(self._parts.pop(part))
         self._bar.advance(self._seeds)
         state = "kept from the interrupted run" if resumed else f"{record.wall_seconds:.1f} s"
         outcome = f" - [yellow]{escape(record.undecided)}[/]" if record.undecided else ""

@@ -40,11 +40,14 @@ def run(trial: Trial) -> dict[str, dict[str, float]]:
     for step in trial.track(range(5), "adding"):
         trial.log("loss", "plain", step, 5.0 - step)
         trial.log("loss", "added", step, 4.0 - step)
-        time.sleep(float(os.environ.get("TOY_PAUSE", "0")))
+    while trial.seed > 0 and os.path.exists(os.environ.get("TOY_HOLD", "")):
+        time.sleep(0.02)
     if "TOY_LOG" in os.environ:
         with open(os.environ["TOY_LOG"], "a") as file:
             file.write(f"{trial.seed}\\n")
     mode = os.environ.get("TOY_MODE", "")
+    if mode == "die" and trial.seed == 2:
+        os.kill(os.getpid(), 9)
     trial.require(mode != "weak", "the base model reaches 10 % where 90 % are needed")
     trial.figure("sums", caption="What was added.", kind="bar", x=["a", "b"], series={"added": [1, 2]})
     trial.example("one sum", "1 + 1", {"plain": "1 <b>&", "added": "2"})
@@ -80,6 +83,7 @@ def toy(toy_papers: Path, monkeypatch) -> PaperCard:
     import papertrial.papers
     from papertrial.lab.claim import read_card
 
+    monkeypatch.setenv("PAPERTRIAL_PAPERS", str(toy_papers))
     monkeypatch.setattr(papertrial.papers, "__path__", [*papertrial.papers.__path__, str(toy_papers)])
     yield read_card(toy_papers / "decoding" / "toy")
     for name in [name for name in sys.modules if name.startswith("papertrial.papers.decoding.toy")]:

@@ -13,6 +13,12 @@ from papertrial.lab.evidence import read_evidence, write_atomically, write_evide
 from papertrial.lab.report import render
 from papertrial.lab.trial import Trial
 from papertrial.lab.verdict import judge
+from papertrial.lab.workers import WorkerLostError
+
+
+def plan_run(*arguments, workers=1, **settings):
+    """In this process, unless a test says otherwise."""
+    return runner.plan_run(*arguments, workers=workers, **settings)
 
 
 def papertrial(*arguments, papers, home, **environment):
@@ -27,7 +33,7 @@ def papertrial(*arguments, papers, home, **environment):
 
 
 def test_a_run_gives_every_seed_every_arm_and_a_verdict(toy):
-    evidence = runner.run(runner.plan_run(toy, "small"))
+    evidence = runner.run(plan_run(toy, "small"))
     assert [t.seed for t in evidence.trials] == [0, 1, 2, 3]
     assert evidence.arms == ["plain", "added", "control"]
     assert judge(toy.headline, evidence).word == "upheld"
@@ -36,14 +42,42 @@ def test_a_run_gives_every_seed_every_arm_and_a_verdict(toy):
 
 
 def test_the_same_seed_gives_the_same_numbers(toy):
-    first, second = (runner.run(runner.plan_run(toy, "small", seeds=2), fresh=True) for _ in range(2))
+    first, second = (runner.run(plan_run(toy, "small", seeds=2), fresh=True) for _ in range(2))
     assert [t.metrics for t in first.trials] == [t.metrics for t in second.trials]
     assert first.trials[0].metrics != first.trials[1].metrics
 
 
+def test_seeds_side_by_side_give_the_same_numbers_in_the_order_of_the_seeds(toy, monkeypatch, tmp_path):
+    monkeypatch.setenv("TOY_LOG", str(tmp_path / "log"))
+    heard = []
+    progress = type("Progress", (runner.ProgressListener,), {"update": lambda self, *event: heard.append(event)})()
+    together = runner.run(plan_run(toy, "small", workers=2), progress=progress, fresh=True)
+    alone = runner.run(plan_run(toy, "small"), fresh=True)
+    assert [t.metrics for t in together.trials] == [t.metrics for t in alone.trials]
+    assert together.environment.workers == 2
+    assert ("seed 3: adding", 5, 5) in heard
+
+
+@pytest.mark.parametrize("mode", ["nan", "arm"])
+def test_a_failure_in_a_worker_is_the_same_error(toy, monkeypatch, mode):
+    monkeypatch.setenv("TOY_MODE", mode)
+    with pytest.raises(runner.TrialFailed, match="toy, seed"):
+        runner.run(plan_run(toy, "small", workers=2))
+
+
+def test_a_worker_that_is_killed_is_an_error_and_finished_seeds_are_kept(toy, monkeypatch, tmp_path):
+    monkeypatch.setenv("TOY_MODE", "die")
+    monkeypatch.setenv("TOY_LOG", str(tmp_path / "log"))
+    plan = plan_run(toy, "small", workers=2)
+    with pytest.raises(WorkerLostError, match="ended with code"):
+        runner.run(plan)
+    monkeypatch.setenv("TOY_MODE", "")
+    assert len(runner.run(plan).trials) == 4
+
+
 def test_more_seeds_than_the_scale_has_go_on_counting(toy):
-    assert runner.plan_run(toy, "small", seeds=6).seeds == (0, 1, 2, 3, 4, 5)
-    assert runner.plan_run(toy, "small", seeds=2).seeds == (0, 1)
+    assert plan_run(toy, "small", seeds=6).seeds == (0, 1, 2, 3, 4, 5)
+    assert plan_run(toy, "small", seeds=2).seeds == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -52,12 +86,12 @@ def test_more_seeds_than_the_scale_has_go_on_counting(toy):
 def test_what_is_not_evidence_is_a_failed_trial(toy, monkeypatch, mode, says):
     monkeypatch.setenv("TOY_MODE", mode)
     with pytest.raises(runner.TrialFailed, match=says):
-        runner.run(runner.plan_run(toy, "smoke"))
+        runner.run(plan_run(toy, "smoke"))
 
 
 def test_a_failed_precondition_is_recorded_with_its_reason(toy, monkeypatch):
     monkeypatch.setenv("TOY_MODE", "weak")
-    evidence = runner.run(runner.plan_run(toy, "small"))
+    evidence = runner.run(plan_run(toy, "small"))
     judged = judge(toy.headline, evidence)
     assert judged.word == "undecided"
     assert "10 % where 90 %" in judged.reason
@@ -66,8 +100,8 @@ def test_a_failed_precondition_is_recorded_with_its_reason(toy, monkeypatch):
 def test_a_second_run_resumes_finished_seeds_and_fresh_does_not(toy, monkeypatch, tmp_path):
     log = tmp_path / "log"
     monkeypatch.setenv("TOY_LOG", str(log))
-    plan = runner.plan_run(toy, "small")
-    runner.run(runner.plan_run(toy, "small", seeds=2))
+    plan = plan_run(toy, "small")
+    runner.run(plan_run(toy, "small", seeds=2))
     runner.run(plan)
     assert log.read_text().split() == ["0", "1", "2", "3"]
     runner.run(plan, fresh=True)
@@ -75,7 +109,7 @@ def test_a_second_run_resumes_finished_seeds_and_fresh_does_not(toy, monkeypatch
 
 
 def test_a_damaged_record_is_run_again(toy):
-    plan = runner.plan_run(toy, "small")
+    plan = plan_run(toy, "small")
     runner.run(plan)
     (plan.folder / "seed-2.json").write_text('{"seed": 2, "metr')
     assert runner.finished_seeds(plan) == [0, 1, 3]
@@ -83,19 +117,19 @@ def test_a_damaged_record_is_run_again(toy):
 
 
 def test_a_changed_parameter_or_method_does_not_resume(toy):
-    plan = runner.plan_run(toy, "small")
+    plan = plan_run(toy, "small")
     runner.run(plan)
     (toy.folder / "method.py").write_text("ADD = 2\n")
-    assert runner.finished_seeds(runner.plan_run(toy, "small")) == []
+    assert runner.finished_seeds(plan_run(toy, "small")) == []
 
 
 def test_unknown_scale_and_missing_device_are_named(toy):
     with pytest.raises(UsageError, match="known: smoke, small, gpu, paper"):
-        runner.plan_run(toy, "tiny")
+        plan_run(toy, "tiny")
     with pytest.raises(UsageError, match="no scale 'paper'"):
-        runner.plan_run(toy, "paper")
+        plan_run(toy, "paper")
     with pytest.raises(UsageError, match="cannot be used"):
-        runner.plan_run(toy, "small", device="cuda:99")
+        plan_run(toy, "small", device="cuda:99")
 
 
 def test_experiments_read_parameters_by_name(toy):
@@ -116,7 +150,7 @@ def test_streams_differ_by_purpose_and_seed_only():
 
 
 def test_evidence_survives_a_round_trip_and_damage_is_named(toy, tmp_path):
-    evidence = runner.run(runner.plan_run(toy, "smoke"))
+    evidence = runner.run(plan_run(toy, "smoke"))
     path = tmp_path / "evidence" / "smoke.json"
     write_evidence(path, evidence)
     assert read_evidence(path) == evidence
@@ -135,7 +169,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
 
 
 def test_the_report_is_self_contained_and_escapes_what_models_wrote(toy):
-    page = render(toy, runner.run(runner.plan_run(toy, "small")))
+    page = render(toy, runner.run(plan_run(toy, "small")))
     assert "<script" not in page
     assert "1 &lt;b&gt;&amp;" in page
     assert "upheld" in page
@@ -150,7 +184,7 @@ def test_the_command_ends_in_a_table_a_verdict_and_a_report(toy_papers, tmp_path
     assert "upheld" in done.stdout
     assert all(word in done.stdout for word in ("metric", "baseline", "method", "effect", "margin 0.5", "at small"))
     assert (tmp_path / "home/reports/toy-small.html").is_file()
-    as_json = papertrial("run", "toy", "--json", papers=toy_papers, home=tmp_path / "home")
+    as_json = papertrial("run", "toy", "--json", "--workers", "1", papers=toy_papers, home=tmp_path / "home")
     data = json.loads(as_json.stdout)
     assert data["claims"][0]["verdict"] == "upheld"
     assert data["arms"]["control"]["score"]["mean"] == pytest.approx(0.2)
@@ -175,51 +209,50 @@ def test_mistakes_are_one_line_with_an_exit_code(toy_papers, tmp_path, arguments
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def _start(toy_papers, home, log, pause="0.05"):
-    return subprocess.Popen(
-        [sys.executable, "-m", "papertrial", "run", "toy"],
+@pytest.fixture
+def held_run(toy_papers, tmp_path):
+    """A run in a process of its own that has finished seed 0 and is held in seed 1; and how to run the command again."""
+    hold, home, log = tmp_path / "hold", tmp_path / "home", tmp_path / "log"
+    hold.touch()
+    environment = {"TOY_HOLD": str(hold), "TOY_LOG": str(log)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "papertrial", "run", "toy", "--workers", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={
-            **os.environ,
-            "PAPERTRIAL_PAPERS": str(toy_papers),
-            "PAPERTRIAL_HOME": str(home),
-            "TOY_LOG": str(log),
-            "TOY_PAUSE": pause,
-        },
+        env={**os.environ, "PAPERTRIAL_PAPERS": str(toy_papers), "PAPERTRIAL_HOME": str(home), **environment},
     )
-
-
-def _wait_for_lines(path, count):
-    deadline = time.monotonic() + 60
-    while not (path.exists() and len(path.read_text().split()) >= count):
+    deadline = time.monotonic() + 120
+    while not list(home.glob("runs/toy/*/seed-0.json")):
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "the run did not get that far"
         time.sleep(0.02)
 
+    def again():
+        return papertrial("run", "toy", "--workers", "1", papers=toy_papers, home=home, **environment)
 
-def test_kill_9_loses_no_finished_trial(toy_papers, tmp_path):
-    home, log = tmp_path / "home", tmp_path / "log"
-    process = _start(toy_papers, home, log)
-    _wait_for_lines(log, 2)
+    yield process, again, hold, log
+    process.kill()
+
+
+def test_kill_9_loses_no_finished_trial(held_run):
+    process, again, hold, log = held_run
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = sorted(path.name for path in (home / "runs/toy").glob("*/seed-*.json"))
-    assert "seed-0.json" in kept
-    done = papertrial("run", "toy", papers=toy_papers, home=home, TOY_LOG=str(log))
+    hold.unlink()
+    done = again()
     assert done.returncode == 0, done.stderr
+    assert "seed 0: kept from the interrupted run" in done.stderr
     assert log.read_text().split().count("0") == 1
 
 
-def test_ctrl_c_says_how_to_resume_and_two_runs_at_once_are_refused(toy_papers, tmp_path):
-    home, log = tmp_path / "home", tmp_path / "log"
-    process = _start(toy_papers, home, log, pause="0.3")
-    _wait_for_lines(log, 1)
-    second = papertrial("run", "toy", papers=toy_papers, home=home)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+def test_two_runs_at_once_are_refused_and_ctrl_c_says_how_to_resume(held_run):
+    process, again, _, _ = held_run
+    second = again()
     assert second.returncode == 3
     assert "another run of toy is in progress" in second.stderr
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Resume with: papertrial run toy --scale small" in stderr
+    assert "1 of 4 seeds are kept. Resume with: papertrial run toy --scale small" in stderr
     assert "Traceback" not in stderr

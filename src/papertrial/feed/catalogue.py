@@ -48,9 +48,13 @@ def update_index(store: Store, index: SearchIndex, on_progress: Callable[[int], 
         changes, revision = store.changes_since(index.revision, _BATCH)
         if not changes:
             return done
-        index.remove([change.id for change in changes if change.paper is None])
-        index.add(document(change.paper) for change in changes if change.paper is not None)
-        index.commit(revision)
+        try:
+            index.remove([change.id for change in changes if change.paper is None])
+            index.add(document(change.paper) for change in changes if change.paper is not None)
+            index.commit(revision)
+        except BaseException:
+            index.rollback()
+            raise
         done += len(changes)
         if on_progress:
             on_progress(done)

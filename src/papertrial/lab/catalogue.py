@@ -6,7 +6,7 @@ from typing import Literal
 
 from papertrial.errors import PapertrialError
 from papertrial.lab.claim import PaperCard
-from papertrial.lab.digests import changed_modules, paper_digest, read_scales
+from papertrial.lab.digests import PACKAGE, changed_modules, paper_digest, read_scales
 from papertrial.lab.evidence import Evidence, reference_evidence
 from papertrial.lab.verdict import Judgement, judge
 
@@ -67,11 +67,9 @@ def _substrate(evidence: Evidence) -> dict[str, str]:
 
 
 def _changed_models(evidence: Evidence) -> list[str]:
-    """House models that were trained anew since."""
-    used = {name: recorded for trial in evidence.trials for name, recorded in trial.models.items()}
-    shipped = {name: recorded for name, recorded in used.items() if name.startswith("house:")}
-    if not shipped:
-        return []
-    from papertrial.lm.house import shipped_digest
+    """Shipped house models that were trained anew since."""
+    from papertrial.lm.models import folder_digest
 
-    return [name for name, recorded in shipped.items() if shipped_digest(name) not in (None, recorded)]
+    used = {name: recorded for trial in evidence.trials for name, recorded in trial.models.items()}
+    folders = {name: PACKAGE / "lm" / "house_models" / name.removeprefix("house:") for name in used}
+    return [name for name, folder in folders.items() if folder.is_dir() and folder_digest(folder) != used[name]]

@@ -62,6 +62,7 @@ class Environment(BaseModel):
     processor: str
     cores: int
     threads: int
+    workers: int = Field(1, description="seeds that ran side by side, each with its own threads")
     device: str
 
 

@@ -51,7 +51,8 @@ class RunPlan:
     parameters: Mapping[str, Any]
     model: str | None = None
     device: str = "cpu"
-    threads: int = 2
+    threads: int = 1
+    workers: int = 1
     paper_digest: str = field(default="")
 
     @property
@@ -74,6 +75,7 @@ def plan_run(
     seeds: int | None = None,
     device: str | None = None,
     threads: int | None = None,
+    workers: int | None = None,
 ) -> RunPlan:
     """Check a request and say what will be run.
 
@@ -90,15 +92,19 @@ def plan_run(
     chosen = (
         own_seeds if seeds is None else [*own_seeds, *range(max(own_seeds) + 1, max(own_seeds) + 1 + seeds)][:seeds]
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    chosen_device = _device(device, scale)
+    if workers is None:  # one process a core, one thread each; a GPU serves one trial at a time
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 1 if scale == "smoke" or chosen_device != "cpu" else max(1, min(2, cores // (threads or 1)))
     return RunPlan(
         card,
         scale,
         tuple(chosen),
         parameters,
         model,
-        _device(device, scale),
-        threads or min(2, cores),
+        chosen_device,
+        threads or 1,
+        min(workers, len(chosen)),
         paper_digest(card, scale),
     )
 
@@ -142,29 +148,41 @@ def run(
         When a trial returns something that is not evidence. Finished trials are kept.
     """
     with _locked(plan):
-        experiment = importlib.import_module(f"{plan.card.module}.experiment")
-        records = []
-        for seed in plan.seeds:
-            path = plan.folder / f"seed-{seed}.json"
-            record = None if fresh else _resumable(path)
-            resumed = record is not None
-            if record is None:
-                record = _run_seed(experiment, plan, seed, progress)
-                write_atomically(path, record.model_dump_json())
-            records.append(record)
+        records: dict[int, TrialRecord] = {}
+        for seed in [] if fresh else plan.seeds:
+            kept = _resumable(plan.folder / f"seed-{seed}.json")
+            if kept is not None:
+                records[seed] = kept
+                if on_trial:
+                    on_trial(kept, True)
+        for record in _trials(
+            plan, [seed for seed in plan.seeds if seed not in records], progress or ProgressListener()
+        ):
+            write_atomically(plan.folder / f"seed-{record.seed}.json", record.model_dump_json())
+            records[record.seed] = record
             if on_trial:
-                on_trial(record, resumed)
+                on_trial(record, False)
         return Evidence(
             slug=plan.card.slug,
             scale=plan.scale,
             model=plan.model,
             parameters=dict(plan.parameters),
             seeds=list(plan.seeds),
-            trials=records,
-            environment=environment(plan.device, plan.threads),
+            trials=[records[seed] for seed in plan.seeds],
+            environment=environment(plan.device, plan.threads, plan.workers),
             paper_digest=plan.paper_digest,
             recorded=datetime.now(UTC),
         )
+
+
+def _trials(plan: RunPlan, seeds: Sequence[int], progress: ProgressListener) -> Iterator[TrialRecord]:
+    if min(plan.workers, len(seeds)) > 1:
+        from papertrial.lab.workers import run_side_by_side
+
+        yield from run_side_by_side(_run_seed, plan, seeds, progress)
+    else:
+        for seed in seeds:
+            yield _run_seed(plan, seed, progress)
 
 
 def finished_seeds(plan: RunPlan) -> list[int]:
@@ -202,10 +220,11 @@ def _locked(plan: RunPlan) -> Iterator[None]:
         lock.release()
 
 
-def _run_seed(experiment: Any, plan: RunPlan, seed: int, progress: ProgressListener | None) -> TrialRecord:
+def _run_seed(plan: RunPlan, seed: int, progress: ProgressListener) -> TrialRecord:
     import numpy as np
     import torch
 
+    experiment = importlib.import_module(f"{plan.card.module}.experiment")
     torch.set_num_threads(plan.threads)
     random.seed(seed)
     np.random.seed(seed)
@@ -232,6 +251,10 @@ def _run_seed(experiment: Any, plan: RunPlan, seed: int, progress: ProgressListe
         metrics = _checked(experiment.run(trial), plan.card, seed)
     except PreconditionFailed as error:
         reason = str(error)
+    except ValueError as error:
+        if plan.model is None:
+            raise
+        raise TrialFailed(f"{plan.card.slug} cannot run on {plan.model}: {error}") from error
     return TrialRecord(
         seed=seed,
         metrics=metrics,
@@ -303,7 +326,7 @@ def _peak_memory() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
 
 
-def environment(device: str, threads: int) -> Environment:
+def environment(device: str, threads: int, workers: int) -> Environment:
     """What the trials run in."""
     import numpy
     import torch
@@ -322,6 +345,7 @@ def environment(device: str, threads: int) -> Environment:
         processor=_processor(),
         cores=os.cpu_count() or 1,
         threads=threads,
+        workers=workers,
         device=name,
     )
 

@@ -17,7 +17,7 @@ from sqlalchemy import (
 )
 
 #: The revision that the code expects the database to be at: the newest file in `migrations/versions`.
-HEAD = "0002"
+HEAD = "0003"
 
 metadata = MetaData()
 
@@ -128,5 +128,6 @@ fetch_cursors = Table(
     Column("updated", DateTime, nullable=False),
 )
 
-# The people's tables belong to the same metadata, whoever opens the database.
+# The tables of people and of delivery belong to the same metadata, whoever opens the database.
+import papertrial.feed.delivery_schema  # noqa: E402
 import papertrial.feed.people_schema  # noqa: E402, F401

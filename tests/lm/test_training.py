@@ -8,6 +8,8 @@ from itertools import islice
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -179,7 +181,7 @@ def test_penalties_are_added_to_the_mean_and_reported():
         for p in hand.parameters():
             p -= p.grad
     torch.testing.assert_close(weights(model), weights(hand), rtol=0, atol=1e-6)
-    assert heard[0].parts == pytest.approx({"size": 0.1 * float(weights_of(small_model()))}, rel=1e-6)
+    assert heard[0].parts == pytest.approx({"size": 0.1 * weights_of(small_model()).item()}, rel=1e-6)
 
 
 def weights_of(model):
@@ -257,6 +259,20 @@ def test_bf16_runs_the_forward_pass_in_bf16_and_keeps_float32_weights():
     # bfloat16 keeps 8 bits: the losses agree to about 1 %, and are not the same numbers
     assert bf16.losses == pytest.approx(fp32.losses, rel=2e-2)
     assert bf16.losses != fp32.losses
+
+
+def test_another_precision_set_in_this_process_does_not_leak_in():
+    """Accelerate keeps one precision per process; whoever set it first must not decide for this loop."""
+    expected = train(small_model(), endless(), steps=2, optimizer=adamw(1e-2)).losses
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        Accelerator(mixed_precision="bf16")
+        model = small_model()
+        forward = model.forward
+        assert train(model, endless(), steps=2, optimizer=adamw(1e-2)).losses == expected
+        assert model.forward == forward, "the model must not be left wrapped"
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # -- resuming --------------------------------------------------------------------------------------------------------

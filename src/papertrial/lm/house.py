@@ -158,7 +158,7 @@ def recipe(name: str) -> HouseModel:
     if name in MODELS:
         return MODELS[name]
     near = difflib.get_close_matches(name, MODELS, n=1)
-    hint = f"; did you mean house:{near[0]}?" if near else ""
+    hint = f"; did you mean house:{near[0]}?" if near else "."
     raise UsageError(f"no house model {name!r}{hint} There are {', '.join(f'house:{known}' for known in MODELS)}")
 
 

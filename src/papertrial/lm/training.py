@@ -426,7 +426,6 @@ class _Run:
         return loss._replace(total=total), parts
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        # not accelerate's: its precision is one setting per process, and arms of one trial may differ
         if self.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
@@ -507,9 +506,15 @@ class _Run:
 
 def _accelerator() -> "Accelerator":
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, is_initialized
 
-    # precision is handled by the loop, and a single process keeps the model where the caller put it
-    return Accelerator(device_placement=False, mixed_precision="no")
+    # a single process keeps the model where the caller put it
+    precision = AcceleratorState().mixed_precision if is_initialized() else "no"
+    accelerator = Accelerator(device_placement=False, mixed_precision=precision)
+    # Accelerate knows one precision per process, perhaps already another's; the loop's own autocast is per run.
+    accelerator.native_amp = False
+    accelerator.scaler = None
+    return accelerator
 
 
 def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

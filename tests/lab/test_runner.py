@@ -211,7 +211,7 @@ def test_mistakes_are_one_line_with_an_exit_code(toy_papers, tmp_path, arguments
 
 @pytest.fixture
 def held_run(toy_papers, tmp_path):
-    """A run in a process of its own that has finished seed 0 and is held in seed 1; and how to run the command again."""
+    """A run in its own process that has finished seed 0 and is held in seed 1; and how to run the command again."""
     hold, home, log = tmp_path / "hold", tmp_path / "home", tmp_path / "log"
     hold.touch()
     environment = {"TOY_HOLD": str(hold), "TOY_LOG": str(log)}

@@ -12,6 +12,7 @@ from papertrial.lm.anatomy import device_of, unwrap
 from papertrial.lm.generation.choosing import draw, truncate
 from papertrial.lm.generation.inputs import as_prompt, evaluating
 from papertrial.lm.generation.stepping import StepDecoder
+from papertrial.lm.models import quiet_transformers
 
 LogitsFunction = Callable[[Tensor, Tensor], Tensor]
 """``(input_ids (N, t), scores (N, V)) -> scores (N, V)``: a ``LogitsProcessor`` or a plain function."""
@@ -294,7 +295,7 @@ def beam(
     prompt_ids, prompt_mask = as_prompt(input_ids, attention_mask, device)
     ends = _end_tokens(eos_token_id, device)
     pad = _padding(model, pad_token_id, ends)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), quiet_transformers():  # it would warn of the -1 below
         sequences = cast(Any, model).generate(
             prompt_ids,
             attention_mask=prompt_mask,

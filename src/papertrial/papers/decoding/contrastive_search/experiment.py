@@ -42,9 +42,9 @@ SCALES = {
         "least_isotropy": 0.0,
     },
     "small": {
-        "seeds": 5,
-        "prefixes": 48,
-        "validation_prefixes": 24,
+        "seeds": 4,
+        "prefixes": 40,
+        "validation_prefixes": 16,
         "prefix_tokens": 32,
         "new_tokens": 96,
         "draws": 2,
@@ -53,7 +53,7 @@ SCALES = {
         "alphas": [0.3, 0.4, 0.5, 0.6, 0.7],
         "top_ks": [10, 20, 50],
         "top_ps": [0.8, 0.9, 0.95],
-        "batch": 48,
+        "batch": 40,
         "least_isotropy": 0.3,
     },
     "gpu": {

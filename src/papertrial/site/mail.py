@@ -4,7 +4,9 @@ import os
 import secrets
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from email.headerregistry import Address
 from email.message import EmailMessage
+from email.policy import EmailPolicy
 from email.utils import format_datetime, make_msgid
 from pathlib import Path
 from typing import Protocol
@@ -14,9 +16,23 @@ from papertrial.errors import UsageError
 from papertrial.site.settings import Settings
 
 
+class _OneLine(EmailPolicy):
+    """Does not fold the ``List-`` headers: some mail services read ``List-Unsubscribe`` from one line only."""
+
+    def fold(self, name: str, value: str) -> str:
+        if name.lower().startswith("list-"):
+            return f"{name}: {' '.join(value.split())}{self.linesep}"
+        return super().fold(name, value)
+
+    def fold_binary(self, name: str, value: str) -> bytes:
+        if name.lower().startswith("list-"):
+            return self.fold(name, value).encode("ascii")
+        return super().fold_binary(name, value)
+
+
 @dataclass(frozen=True)
 class Letter:
-    """A letter to one person; ``html`` is a second form of the same text."""
+    """A letter to one person; ``html`` is a second form of the same text, ``headers`` come beside the usual ones."""
 
     to: str
     subject: str
@@ -26,12 +42,13 @@ class Letter:
 
     def message(self, settings: Settings) -> EmailMessage:
         """As a message that any mail server takes."""
-        message = EmailMessage()
-        message["From"] = f"{settings.title} <{settings.sender}>"
+        message = EmailMessage(_OneLine())
+        message["From"] = Address(settings.title, addr_spec=settings.sender)
         message["To"] = self.to
         message["Subject"] = " ".join(self.subject.split())
         message["Date"] = format_datetime(datetime.now(UTC))
-        message["Message-ID"] = make_msgid(domain=urlsplit(settings.base_url).hostname or "localhost")
+        if "Message-ID" not in self.headers:
+            message["Message-ID"] = make_msgid(domain=urlsplit(settings.base_url).hostname or "localhost")
         message["Auto-Submitted"] = "auto-generated"
         for name, value in self.headers.items():
             message[name] = value

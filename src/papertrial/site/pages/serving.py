@@ -1,0 +1,63 @@
+"""How pages are answered: those that are the same for everybody are kept for seconds and carry an ETag."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlencode
+
+from fastapi import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+
+from papertrial.site.context import context
+from papertrial.site.people.accounts import Reader
+from papertrial.site.templating import render, render_text
+
+#: How old a page may be for those who are not signed in.
+FRESH_SECONDS = 5.0
+PER_PAGE = 30
+
+Values = Callable[[], dict[str, Any]]
+
+
+def page(request: Request, reader: Reader | None, template: str, values: Values) -> Response:
+    """A page; for readers who are not signed in it is kept and revalidated by its ETag.
+
+    Parameters
+    ----------
+    values
+        Makes what the template shows; called only where the page is not at hand. What it shows to somebody who is not
+        signed in may depend on the address alone.
+    """
+    if reader is not None:
+        return render(request, template, **values())
+    key = ("page", request.url.path, request.url.query)
+
+    def make() -> tuple[str, str]:
+        text = render_text(request, template, **values())
+        return text, f'W/"{hashlib.sha256(text.encode()).hexdigest()[:20]}"'
+
+    text, tag = context(request).cache.get(key, FRESH_SECONDS, make)
+    headers = {"ETag": tag, "Cache-Control": "public, no-cache"}
+    if tag in [given.strip() for given in request.headers.get("if-none-match", "").split(",")]:
+        return Response(status_code=304, headers=headers)
+    return HTMLResponse(text, headers=headers)
+
+
+def see_other(address: str) -> RedirectResponse:
+    """Where a form leads once it is done, by GET."""
+    return RedirectResponse(address, 303)
+
+
+def local(address: str | None, fallback: str = "/") -> str:
+    """An address on this service that came with a request; anything else is `fallback`."""
+    if not address or len(address) > 2000 or not address.isprintable():
+        return fallback
+    if not address.startswith("/") or address.startswith(("//", "/\\")):
+        return fallback
+    return address
+
+
+def with_query(path: str, **parameters: object) -> str:
+    """A path with those of the parameters that have a value."""
+    kept = {name: str(value) for name, value in parameters.items() if value not in (None, "", 0, False)}
+    return f"{path}?{urlencode(kept)}" if kept else path

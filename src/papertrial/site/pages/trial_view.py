@@ -1,0 +1,141 @@
+"""What the page of a paper shows of its trial: claims beside evidence, arms, figures, how to repeat it."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from markupsafe import Markup
+
+from papertrial.lab import figures as lab_figures
+from papertrial.lab.claim import Claim
+from papertrial.lab.evidence import Evidence
+from papertrial.lab.report import repeat_command
+from papertrial.lab.summary import ArmRow, arm_rows
+from papertrial.lab.verdict import Judgement
+from papertrial.site.board import Entry
+from papertrial.site.pages import effect_plot
+from papertrial.site.pages.method_example import example
+
+
+@dataclass(frozen=True)
+class ClaimView:
+    """One claim, and what was found about it if anything was."""
+
+    claim: Claim
+    judgement: Judgement | None
+    plot: Markup
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure that is served as a file of its own; width and height in pixels keep its place on the page."""
+
+    address: str
+    width: int
+    height: int
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class MetricView:
+    """Every arm's values of one metric, with their picture where a claim is about the metric."""
+
+    metric: str
+    unit: str
+    rows: Sequence[ArmRow]
+    picture: Picture | None
+
+
+@dataclass(frozen=True)
+class TrialView:
+    """A paper's trial, ready to be shown."""
+
+    entry: Entry
+    claims: Sequence[ClaimView]
+    evidence: Evidence | None
+    scales: Sequence[str]
+    claimed: Sequence[MetricView]
+    others: Sequence[MetricView]
+    figures: Sequence[Picture]
+    command: str
+    example: str | None
+
+
+def trial_view(entry: Entry) -> TrialView:
+    """The trial of one paper, from its evidence at the largest scale."""
+    card, recorded = entry.card, entry.standing.evidence
+    judgements: Sequence[Judgement | None] = entry.judgements or [None] * len(card.claim)
+    evidence = list(recorded.values())[-1] if recorded else None
+    claims = [
+        ClaimView(claim, judged, effect_plot.full(judged, evidence) if judged and evidence else Markup(""))
+        for claim, judged in zip(card.claim, judgements, strict=True)
+    ]
+    claimed, others = _metrics(entry, evidence) if evidence else ([], [])
+    return TrialView(
+        entry,
+        claims,
+        evidence,
+        list(recorded),
+        claimed,
+        others,
+        _figures(entry, evidence) if evidence else [],
+        repeat_command(evidence) if evidence else f"papertrial run {card.slug} --scale small",
+        example(card),
+    )
+
+
+@lru_cache(maxsize=1024)
+def figure_digest(entry: Entry, scale: str) -> str:
+    """What a figure's address changes with: the evidence, the claims and the code that draws."""
+    total = hashlib.sha256(Path(lab_figures.__file__).read_bytes())
+    total.update(entry.standing.evidence[scale].model_dump_json().encode())
+    for claim in entry.card.claim:
+        total.update(claim.model_dump_json().encode())
+    return total.hexdigest()[:20]
+
+
+def figure_folder(home: Path, entry: Entry, scale: str, digest: str) -> Path:
+    """Where drawn figures are kept."""
+    return home / "figures" / f"{entry.card.slug}-{scale}-{digest}"
+
+
+def _address(entry: Entry, evidence: Evidence, name: str) -> str:
+    return f"/figures/{entry.card.slug}/{evidence.scale}/{figure_digest(entry, evidence.scale)}/{name}.svg"
+
+
+def _metrics(entry: Entry, evidence: Evidence) -> tuple[list[MetricView], list[MetricView]]:
+    card = entry.card
+    units = {claim.metric: claim.unit for claim in card.claim}
+    claimed: list[MetricView] = []
+    others: list[MetricView] = []
+    for metric in evidence.metrics:
+        found = arm_rows(card, evidence, metric)
+        picture = None
+        if metric in units:
+            # The size that papertrial.lab.figures draws arms at, 72 points an inch.
+            height = round(72 * (0.9 + 0.42 * len(found)))
+            name = f"arms-{list(dict.fromkeys(c.metric for c in card.claim)).index(metric)}"
+            alt = f"{metric} of every arm: a point per seed, the mean and its 95 % interval"
+            caption = "A point is a seed, the tick the mean, the band its 95 % interval."
+            picture = Picture(_address(entry, evidence, name), 461, height, caption, alt)
+        (claimed if metric in units else others).append(MetricView(metric, units.get(metric, ""), found, picture))
+    return claimed, others
+
+
+def _figures(entry: Entry, evidence: Evidence) -> list[Picture]:
+    kept = evidence.trials[0].figures if evidence.trials else []
+    seed = f" (seed {evidence.seeds[0]})" if len(evidence.seeds) > 1 else ""
+    pictures = [
+        Picture(_address(entry, evidence, f"figures-{place}"), 461, 230, f"{data['caption']}{seed}", str(data["name"]))
+        for place, data in enumerate(kept)
+    ]
+    curves = list(dict.fromkeys(name for trial in evidence.trials for name in trial.curves))
+    for place, name in enumerate(curves):
+        caption = f"{name}: thin lines are seeds, thick lines their mean."
+        pictures.append(
+            Picture(_address(entry, evidence, f"curves-{place}"), 461, 230, caption, f"{name} of every arm")
+        )
+    return pictures

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from papertrial.site.people import accounts
 from papertrial.site.settings import Settings
 
 TODAY = date.today()
+IN_PROCESS = {"encoder": False, "fetch": False, "base_url": "http://testserver"}
 
 
 def records() -> list[Record]:
@@ -92,15 +94,30 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder with the catalogue and its index in it: made once, copied for each test."""
+    folder = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAPERTRIAL_HOME", str(folder))
+        with Store.open() as store:
+            store.upsert(records())
+        app = create_app(Settings.model_validate(IN_PROCESS))
+        upkeep.update_index_now(app.state.context)
+        app.state.context.close()
+    shutil.rmtree(folder / "keys")
+    return folder
+
+
 @pytest.fixture
-def make_site(home: Path) -> Iterator[Callable[..., Site]]:
+def make_site(home: Path, prepared: Path) -> Iterator[Callable[..., Site]]:
     """Makes an application over a small catalogue; settings as keywords."""
     clients: list[TestClient] = []
 
     def make(**settings: object) -> Site:
-        with Store.open() as store:
-            store.upsert(records())
-        values = {"encoder": False, "fetch": False, "base_url": "http://testserver", **settings}
+        if not (home / "papertrial.db").exists():
+            shutil.copytree(prepared, home, dirs_exist_ok=True)
+        values = {**IN_PROCESS, **settings}
         app = create_app(Settings.model_validate(values))
         client = TestClient(app, raise_server_exceptions=False)
         client.__enter__()

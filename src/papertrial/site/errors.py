@@ -5,6 +5,7 @@ The JSON is ``{"error": "...", "requestId": "..."}``, with ``"field"`` where one
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,7 @@ def answer(request: Request, problem: Problem) -> Response:
 def wants_json(request: Request) -> bool:
     """Whether an error is for a program: under /api and the like, or where JSON is asked for and HTML is not."""
     path = request.scope["path"]
-    if path.startswith(("/api/", "/mcp", "/.well-known/", "/openapi.json", "/health")):
+    if path.startswith(("/api/", "/mcp", "/.well-known/", "/openapi.json", "/health")) or path.endswith(".md"):
         return True
     accept = request.headers.get("accept", "")
     return "json" in accept and "text/html" not in accept
@@ -118,13 +119,20 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(PapertrialError)
     def _unavailable(request: Request, error: PapertrialError) -> Response:
-        log.error("%s %s: %s", request.method, request.url.path, error)
+        log.error("%s %s: %s", request.method, loggable(request.scope["path"]), error)
         return answer(request, Problem(503, "the service cannot do this just now; try again in a minute"))
 
-    @app.exception_handler(Exception)
-    def _unexpected(request: Request, error: Exception) -> Response:
-        log.exception("%s %s", request.method, request.url.path, exc_info=error)
-        return answer(request, Problem(500, "an error on our side; it was noted under the request id"))
+
+def unexpected(request: Request, error: Exception) -> Response:
+    """The answer to an error of ours: its number, and in the log all of it."""
+    log.error("%s %s", request.method, loggable(request.scope["path"]), exc_info=error)
+    return answer(request, Problem(500, "an error on our side; it was noted under the request id"))
+
+
+def loggable(path: str) -> str:
+    """A path for the log: no line breaks, and no tokens of sign-in or confirmation links."""
+    shown = path[:200].encode("unicode_escape").decode()
+    return re.sub(r"[A-Za-z0-9_-]{32,}", "***", shown)
 
 
 def _first_invalid(error: RequestValidationError) -> Problem:

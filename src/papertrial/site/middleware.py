@@ -10,9 +10,12 @@ import time
 import uuid
 from http import HTTPStatus
 
+from fastapi import HTTPException, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from papertrial.site.errors import loggable, unexpected
 from papertrial.site.limits import Limiter
 from papertrial.site.settings import Settings
 
@@ -38,8 +41,11 @@ _HEADERS = {
 _REQUEST_ID = re.compile(r"[A-Za-z0-9=;._:-]{8,100}")
 
 
-class TooLarge(Exception):
+class TooLarge(HTTPException):
     """The body of a request went past `MAX_BODY` while it was read."""
+
+    def __init__(self) -> None:
+        super().__init__(413, f"a request may be at most {MAX_BODY:,} bytes")
 
 
 class Envelope:
@@ -80,12 +86,18 @@ class Envelope:
                 await _refuse(send_with_headers, *refusal, request_id)
             else:
                 await self.app(scope, _bounded(receive), send_with_headers)
-        except TooLarge:
+        except TooLarge as error:
             if not begun:
-                await _refuse(send_with_headers, 413, f"a request may be at most {MAX_BODY:,} bytes", request_id)
+                await _refuse(send_with_headers, 413, error.detail, request_id)
+        except Exception as error:
+            if begun:
+                raise  # too late for another answer: the server closes the connection
+            request = Request(scope)
+            response = await run_in_threadpool(unexpected, request, error)
+            await response(scope, receive, send_with_headers)
         finally:
             took = (time.perf_counter() - started) * 1000
-            log.info("%s %s %d %.1f ms %s", scope["method"], _shown(scope["path"]), status, took, request_id)
+            log.info("%s %s %d %.1f ms %s", scope["method"], loggable(scope["path"]), status, took, request_id)
 
 
 def _request_id(headers: Headers) -> str:
@@ -94,12 +106,6 @@ def _request_id(headers: Headers) -> str:
         if _REQUEST_ID.fullmatch(given):
             return given
     return uuid.uuid4().hex
-
-
-def _shown(path: str) -> str:
-    """A path for the log: no line breaks, and no tokens of sign-in or confirmation links."""
-    shown = path[:200].encode("unicode_escape").decode()
-    return re.sub(r"[A-Za-z0-9_-]{32,}", "***", shown)
 
 
 def _refusal(scope: Scope, headers: Headers) -> tuple[int, str] | None:

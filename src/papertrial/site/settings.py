@@ -54,7 +54,7 @@ class Settings(BaseModel):
     def _known_zone(cls, value: str) -> str:
         try:
             ZoneInfo(value)
-        except (ValueError, OSError) as error:
+        except (KeyError, ValueError, OSError) as error:
             raise ValueError(f"{value[:60]!r} is not a time zone such as Europe/Berlin") from error
         return value
 

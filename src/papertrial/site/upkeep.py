@@ -30,7 +30,7 @@ def jobs(here: Context) -> list[Job]:
     """The service's own background work."""
     return [
         Job("scope", 3600.0, lambda: _take_in_scope(here)),
-        Job("index", 15.0, lambda: _update_index(here), lease=3600.0),
+        Job("index", 15.0, lambda: update_index_now(here), lease=3600.0),
         Job("pulse", 300.0, lambda: pulse.refresh_all(here.store)),
         Job("submissions", 60.0, lambda: _work_off_submissions(here)),
         Job("board", 5.0, lambda: _refresh_board(here), everywhere=True),
@@ -58,7 +58,8 @@ def _take_in_scope(here: Context) -> None:
         log.error("scope: %s", problem)
 
 
-def _update_index(here: Context) -> None:
+def update_index_now(here: Context) -> None:
+    """Bring the search index to the store's revision; another worker may be at it already."""
     if here.index.revision < here.store.revision():
         try:
             update_index(here.store, here.index)

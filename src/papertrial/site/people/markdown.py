@@ -26,10 +26,17 @@ def to_html(text: str) -> str:
     return nh3.clean(
         _lowered(_parser().render(text)),
         tags=_ELEMENTS,
-        attributes={"a": {"href"}, "ol": {"start"}},
+        attributes={"a": {"href"}, "ol": {"start"}, "*": set()},
+        attribute_filter=_outside_only,
         url_schemes={"http", "https", "mailto"},
         link_rel="nofollow noopener noreferrer ugc",
     )
+
+
+def _outside_only(_element: str, attribute: str, value: str) -> str | None:
+    """Links lead to whole addresses; a relative one would depend on the page that shows it."""
+    whole = attribute != "href" or value.lower().startswith(("http://", "https://", "mailto:"))
+    return value if whole else None
 
 
 def _lowered(html: str) -> str:

@@ -37,9 +37,7 @@ def main() -> None:
     ids = torch.randint(8, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
     def search(**settings: bool) -> torch.Tensor:
-        found = method.contrastive_search(model, ids, k=options.k, max_new_tokens=options.new_tokens, **settings)
-        assert isinstance(found, torch.Tensor)
-        return found
+        return method.contrastive_search(model, ids, k=options.k, max_new_tokens=options.new_tokens, **settings)
 
     def repeated_rows() -> torch.Tensor:
         with mock.patch.object(method, "can_look_ahead", return_value=False):

@@ -11,6 +11,7 @@ from papertrial.papers.decoding.contrastive_search.method import (
     contrastive_search,
     isotropy,
     isotropy_of_states,
+    scored_contrastive_search,
     self_similarity_matrix,
 )
 
@@ -107,7 +108,7 @@ def test_equal_scores_go_to_the_more_probable_token():
 
 def test_scores_are_what_the_choice_was_made_of():
     model = tiny_model("gpt2")
-    out = contrastive_search(model, torch.tensor([PROMPTS[0]]), k=4, alpha=0.6, max_new_tokens=5, return_scores=True)
+    out = scored_contrastive_search(model, torch.tensor([PROMPTS[0]]), k=4, alpha=0.6, max_new_tokens=5)
     torch.testing.assert_close(out.score, 0.4 * out.probability - 0.6 * out.penalty)
     with torch.no_grad():
         whole = model(out.sequences, output_hidden_states=True)

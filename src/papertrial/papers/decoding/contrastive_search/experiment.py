@@ -103,13 +103,13 @@ def run(trial: Trial) -> dict[str, dict[str, float]]:
     outputs: dict[str, Tensor] = {}
     for arm in ("greedy", "beam", "top_k", "nucleus", "contrastive"):
         draws = trial["draws"] if arm in ("top_k", "nucleus") else 1
-        found = []
+        drawn = []
         for draw in range(draws):
             outputs[arm] = _decode(trial, generator, arm, settings.get(arm), prompts, f"{arm} draw {draw}")
-            found.append(measure(prompts, outputs[arm]))
-        results[arm] = {metric: sum(f[metric] for f in found) / draws for metric in found[0]}
+            drawn.append(measure(prompts, outputs[arm]))
+        results[arm] = {metric: sum(values[metric] for values in drawn) / draws for metric in drawn[0]}
     results["human"] = measure(prompts, references)
-    _show(trial, generator, prompts, outputs | {"human": references}, results, sweep)
+    _show(trial, measure, prompts, outputs | {"human": references}, results, sweep)
     return results
 
 
@@ -195,9 +195,9 @@ def _decode(trial: Trial, generator: Checkpoint, arm: str, value: Any, prompts: 
         "beam": lambda ids: beam(model, ids, num_beams=trial["beams"], max_new_tokens=tokens).tokens,
         "top_k": lambda ids: sample(model, ids, max_new_tokens=tokens, top_k=value, generator=rng).tokens,
         "nucleus": lambda ids: sample(model, ids, max_new_tokens=tokens, top_p=value, generator=rng).tokens,
-        "contrastive": lambda ids: contrastive_search(
-            model, ids, k=trial["k"], alpha=value, max_new_tokens=tokens, return_scores=True
-        ).sequences[:, ids.shape[1] :],
+        "contrastive": lambda ids: contrastive_search(model, ids, k=trial["k"], alpha=value, max_new_tokens=tokens)[
+            :, ids.shape[1] :
+        ],
     }
     return torch.cat(
         [decoders[arm](batch) for batch in trial.track(prompts.split(trial["batch"]), f"decoding: {purpose}")]
@@ -206,7 +206,7 @@ def _decode(trial: Trial, generator: Checkpoint, arm: str, value: Any, prompts: 
 
 def _show(
     trial: Trial,
-    generator: Checkpoint,
+    measure: "Measure",
     prompts: Tensor,
     outputs: dict[str, Tensor],
     results: dict[str, dict[str, float]],
@@ -226,7 +226,7 @@ def _show(
     for arm in ("greedy", "contrastive"):
         ids = torch.cat([prompts[:1], outputs[arm][:1]], 1)[:, :60]
         with torch.no_grad():
-            hidden = generator.model.base_model(ids).last_hidden_state[0]
+            hidden = measure.generator.model.base_model(ids).last_hidden_state[0]
         trial.figure(
             f"Similarity of token states, {arm}",
             kind="heatmap",
@@ -236,7 +236,6 @@ def _show(
             "passages that the model says again.",
             series={"cosine": self_similarity_matrix(hidden).cpu()},
         )
-    measure = generator.tokenizer.decode
-    for row in range(min(2, len(prompts))):
-        texts = {arm: measure(ids[row], skip_special_tokens=True) for arm, ids in outputs.items()}
-        trial.example(f"Prefix {row + 1}", measure(prompts[row], skip_special_tokens=True), texts)
+    written = {arm: measure.texts(ids[:2]) for arm, ids in outputs.items()}
+    for row, prompt in enumerate(measure.texts(prompts[:2])):
+        trial.example(f"Prefix {row + 1}", prompt, {arm: texts[row] for arm, texts in written.items()})

@@ -23,7 +23,7 @@ DEFAULT_ALPHA = 0.6
 
 
 class ContrastiveOutput(NamedTuple):
-    """What :func:`contrastive_search` returns with ``return_scores=True``; T is the number of new tokens.
+    """What :func:`scored_contrastive_search` returns; T is the number of new tokens.
 
     ``sequences`` (B, S + T); ``probability``, ``penalty`` and ``score`` (B, T) of the chosen tokens: the model's
     probability, the largest cosine to a context state, and the weighted difference. Zero after a row's end.
@@ -53,8 +53,7 @@ def contrastive_search(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     use_cache: bool = True,
-    return_scores: bool = False,
-) -> Tensor | ContrastiveOutput:
+) -> Tensor:
     """Continue prompts by contrastive search.
 
     Parameters
@@ -75,12 +74,10 @@ def contrastive_search(
         Fills ended rows; default the model's, else the first end token.
     use_cache
         False runs the whole sequence anew for each candidate: for models whose state cannot be branched (state-space).
-    return_scores
-        Also return what each choice was made of.
 
     Returns
     -------
-    Tensor or ContrastiveOutput
+    Tensor
         (B, S + T) prompt and continuation, T <= ``max_new_tokens``.
 
     Raises
@@ -93,6 +90,32 @@ def contrastive_search(
     ----------
     arXiv 2210.14140, section 2; arXiv 2202.06417, equation 5.
     """
+    return scored_contrastive_search(
+        model,
+        input_ids,
+        attention_mask,
+        k=k,
+        alpha=alpha,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        use_cache=use_cache,
+    ).sequences
+
+
+def scored_contrastive_search(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    k: int = DEFAULT_K,
+    alpha: float = DEFAULT_ALPHA,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    use_cache: bool = True,
+) -> ContrastiveOutput:
+    """Contrastive search, and what each choice was made of. Arguments and errors: :func:`contrastive_search`."""
     _check(model, k, alpha)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -111,8 +134,6 @@ def contrastive_search(
             if not bool(alive.any()):
                 break
     sequences = torch.cat([input_ids.to(alive.device), torch.stack(tokens, 1)], 1)
-    if not return_scores:
-        return sequences
     return ContrastiveOutput(sequences, *(torch.stack(part, 1) for part in zip(*parts, strict=True)))
 
 
@@ -205,7 +226,7 @@ def _states(decoder: StepDecoder) -> Tensor:
 
 
 def _check(model: PreTrainedModel, k: int, alpha: float) -> None:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.config.vocab_size
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k must lie between 1 and the vocabulary of {vocabulary}, got {k}")
     if not 0 <= alpha <= 1:

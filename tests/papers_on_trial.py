@@ -90,7 +90,7 @@ def _evidence(slug: str, ahead: float, spread: float) -> Evidence:
                 metrics={arm: {"minutes_awake": value, "yawns": 60 - value} for arm, value in arms.items()},
                 curves={"wakefulness": curve},
                 figures=[figure] if seed == 0 else [],
-                examples=[{"title": "One night", "prompt": "1, <i>2</i>", "outputs": {"sheep": "3", "no_sheep": "zzz"}}],
+                examples=[{"title": "Night", "prompt": "1, <i>2</i>", "outputs": {"sheep": "3", "no_sheep": "zzz"}}],
                 wall_seconds=1.5,
                 cpu_seconds=1.4,
                 peak_memory_mb=80,

@@ -13,9 +13,13 @@ from papertrial.site.errors import Problem
 from papertrial.site.listing import Order, Selection, count, list_papers, neighbours, period_of
 from papertrial.site.pages.rows import by_day, day_text, rows
 from papertrial.site.pages.serving import PER_PAGE, page, see_other, with_query
+from papertrial.site.pages.verdicts import Line, line_of
 from papertrial.site.people.accounts import Reader
 
 router = APIRouter(include_in_schema=False)
+
+#: Verdicts that the front page begins with.
+LATEST = 4
 
 PageNumber = Annotated[int, Query(ge=0, le=300, description="page, from 0")]
 
@@ -26,7 +30,9 @@ def newest(request: Request, here: Here, reader: MaybeReader, p: PageNumber = 0)
 
     def values() -> dict[str, Any]:
         shown = _listed(here, reader, None, "votes", p, "/")
-        return shown | {"days": by_day(shown["rows"]), "kind": "newest", "heading": "Newest papers", "verdicts": True}
+        shown["anchor"] = shown["rows"][0].paper.feed_day if shown["rows"] else here.today()
+        latest = [] if p else latest_verdicts(here)
+        return shown | {"days": by_day(shown["rows"]), "kind": "newest", "heading": "Newest papers", "latest": latest}
 
     return page(request, reader, "feed.html.j2", values)
 
@@ -37,7 +43,7 @@ def trending(request: Request, here: Here, reader: MaybeReader, p: PageNumber = 
 
     def values() -> dict[str, Any]:
         shown = _listed(here, reader, None, "trending", p, "/trending")
-        return shown | {"days": None, "kind": "trending", "heading": "Trending", "verdicts": False}
+        return shown | {"days": None, "kind": "trending", "heading": "Trending", "latest": []}
 
     return page(request, reader, "feed.html.j2", values)
 
@@ -84,6 +90,18 @@ def papers_of_month(period: str) -> Response:
     return see_other(f"/month/{_checked(period, 'month')}")
 
 
+def latest_verdicts(here: Context) -> list[Line]:
+    """The papers whose evidence was recorded last, newest first."""
+    snapshot = here.board.snapshot
+
+    def make() -> list[Line]:
+        judged = [entry for entry in snapshot if entry.headline is not None and entry.headline.effect is not None]
+        judged.sort(key=lambda e: max(evidence.recorded for evidence in e.standing.evidence.values()), reverse=True)
+        return [line_of(entry) for entry in judged[:LATEST]]
+
+    return here.cache.get(("latest-verdicts", snapshot.number), 3600.0, make)
+
+
 def _period(request: Request, here: Context, reader: Reader | None, period: str, kind: str, p: int) -> Response:
     period = _checked(period, kind)
 
@@ -99,7 +117,7 @@ def _period(request: Request, here: Context, reader: Reader | None, period: str,
             "later": f"/{kind}/{later}" if later else None,
             "total": count(here.store, Selection(period=period)),
             "anchor": min(max(first, date(1950, 1, 1)), max(first, min(last, here.today()))),
-            "verdicts": False,
+            "latest": [],
         }
 
     return page(request, reader, "feed.html.j2", values)

@@ -87,14 +87,7 @@ def verdicts(
             "counts": {word: counts.get(word, 0) for word in WORDS},
             "total": len(every),
             "by_family": tally(every),
-            "chosen": {
-                "sort": sort,
-                "descending": descending,
-                "family": family,
-                "verdict": verdict,
-                "state": state,
-                "q": q,
-            },
+            "chosen": chosen,
             "families": FAMILIES,
             "words": WORDS,
             "states": STATES,
@@ -105,10 +98,11 @@ def verdicts(
 
 def lines(snapshot: Snapshot) -> list[Line]:
     """Every paper in scope."""
-    return [_line(entry) for entry in snapshot]
+    return [line_of(entry) for entry in snapshot]
 
 
-def _line(entry: Entry) -> Line:
+def line_of(entry: Entry) -> Line:
+    """One paper."""
     judged = entry.headline
     published = entry.card.published
     day = published.isoformat() if isinstance(published, date) else published

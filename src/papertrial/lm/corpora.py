@@ -68,7 +68,7 @@ PACKAGES = {
     "library-prose": ("numpy", "scipy", "sympy", "networkx", "mpmath"),
     "framework-prose": (
         "torch", "transformers", "matplotlib", "sqlalchemy", "huggingface_hub", "fontTools", "accelerate", "pydantic",
-        "alembic", "rich", "PIL", "joblib", "fsspec", "jinja2", "httpx", "pip",
+        "alembic", "rich", "joblib", "fsspec", "jinja2", "httpx", "pip",
     ),
 }  # fmt: skip
 """The corpora and the packages whose files they are read from; packages that are not installed are left out."""
@@ -272,7 +272,7 @@ def unseen(documents: Iterable[Document], seen: "NDArray[np.uint64]") -> list[Do
 
 def unseen_by(model: str, documents: Iterable[Document]) -> list[Document]:
     """The documents without what a house model (``house:prose``) was trained on, whatever version they come from."""
-    from papertrial.lm import house
+    import papertrial.lm.house as house
 
     return unseen(documents, house.seen_lines(model))
 
@@ -285,7 +285,7 @@ def assert_disjoint(one: "str | Iterable[Document]", other: "str | Iterable[Docu
     ValueError
         With the number of lines in common.
     """
-    from papertrial.lm import house
+    import papertrial.lm.house as house
 
     first, second = (house.seen_lines(x) if isinstance(x, str) else line_hashes(x) for x in (one, other))
     common = len(np.intersect1d(first, second))

@@ -300,9 +300,11 @@ def _start_from(
 
 
 def _command(name: str, steps: int, again: bool) -> str:
-    return f"python -m papertrial.lm.house train {name} --steps {steps} --threads 1 --out {name}" + (
-        f" --from {name}" if again else ""
-    )
+    import torch
+
+    threads = torch.get_num_threads()
+    command = f"python -m papertrial.lm.house train {name} --steps {steps} --threads {threads} --out {name}"
+    return f"{command} --from {name}" if again else command
 
 
 def build(spec: HouseModel, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 MAX_FILE_BYTES = 2_000_000
@@ -43,7 +44,7 @@ def package_version(package: str) -> str:
     PackageNotFoundError
         If it is not installed.
     """
-    return sys.version.split()[0] if package == "stdlib" else version(_DISTRIBUTIONS.get(package, package))
+    return sys.version.split()[0] if package == "stdlib" else version(package)
 
 
 def installed(package: str) -> bool:
@@ -55,14 +56,13 @@ def installed(package: str) -> bool:
     return package_folder(package).is_dir()
 
 
-_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
-
-
 def package_folder(package: str) -> Path:
-    """Where the sources of ``package`` lie."""
+    """Where the sources of ``package`` lie; the package is found, not imported."""
     if package == "stdlib":
         return Path(sysconfig.get_paths()["stdlib"])
-    return Path(sysconfig.get_paths()["purelib"]) / package
+    spec = find_spec(package)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return Path(folders[0] if folders else "absent")
 
 
 def modules(package: str) -> Iterator[tuple[str, str]]:

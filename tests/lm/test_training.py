@@ -431,37 +431,69 @@ def test_a_step_without_targets_and_a_frozen_model_are_errors():
 # -- several processes -----------------------------------------------------------------------------------------------
 
 SCRIPT = """
-import sys, torch
+import os, sys, torch
 sys.path.insert(0, {here!r})
 torch.set_num_threads(1)
 import test_training as t
-from papertrial.lm.training import adamw, train
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from papertrial.lm import training
+from torch.distributed.tensor import DTensor
 
-def kill(step):
-    if step == int(sys.argv[2]):
-        sys.exit(0)
+place, sharded, kill_at = sys.argv[1], sys.argv[2] == "fsdp2", int(sys.argv[3])
+make = training._accelerator
 
-batches = list(t.unequal_batches()[:2])
-report = train(t.small_model(), batches, steps=6, optimizer=adamw(1e-2), checkpoint=sys.argv[1], checkpoint_every=2,
-               after_step=kill)
-if torch.distributed.get_rank() == 0:
-    print(report.resumed_at, *report.losses)
+def told_to_shard():  # of itself, accelerate shards only on accelerators
+    accelerator = make()
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+                                            transformer_cls_names_to_wrap=["LlamaDecoderLayer"])
+    for state in (AcceleratorState, PartialState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    return accelerator
+
+if sharded:
+    training._accelerator = told_to_shard
+model, seen = t.small_model(tie_word_embeddings=False), []
+def look(step):
+    seen.append(any(isinstance(p, DTensor) for p in model.parameters()))
+    if step == kill_at:
+        torch.distributed.barrier()
+        os._exit(0)  # no goodbyes: gloo aborts where one process leaves before the other
+report = training.train(model, list(t.unequal_batches()[:2]), steps=6, optimizer=training.adamw(1e-2),
+                        checkpoint=place, checkpoint_every=2, after_step=look)
+rank = torch.distributed.get_rank()
+torch.distributed.destroy_process_group()
+if rank == 0:
+    print(report.resumed_at, any(seen), *report.losses)
 """
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does_with_accumulation_and_resume(tmp_path):
-    """Over gloo on the CPU: the same losses to float32 rounding. (Sharding is accelerate's, and needs accelerators.)"""
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_two_processes_compute_what_one_does_with_accumulation_and_resume(way, tmp_path):
+    """Over gloo on the CPU, replicated and sharded: the same losses to float32 rounding."""
     script = tmp_path / "job.py"
     script.write_text(SCRIPT.format(here=os.path.dirname(__file__)))
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     for kill_at in ("3", "-1"):
         done = subprocess.run(
-            [*command, str(tmp_path / "place"), kill_at], env=environment, capture_output=True, text=True, timeout=200
+            [*command, str(tmp_path / "place"), way, kill_at],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
         )
         assert done.returncode == 0, done.stderr[-2000:]
-    resumed, *losses = done.stdout.split()
-    alone = train(small_model(), list(unequal_batches()[:2]), steps=6, accumulate=2, optimizer=adamw(1e-2))
+    resumed, sharded, *losses = done.stdout.split()
+    alone = train(
+        small_model(tie_word_embeddings=False),
+        list(unequal_batches()[:2]),
+        steps=6,
+        accumulate=2,
+        optimizer=adamw(1e-2),
+    )
     assert resumed == "2", "stopped in the hook of the fourth step, before its place was saved"
+    assert sharded == str(way == "fsdp2")
     assert [float(loss) for loss in losses] == pytest.approx(alone.losses, rel=1e-5)

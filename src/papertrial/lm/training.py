@@ -431,13 +431,18 @@ class _Run:
         return nullcontext()
 
     def _clip(self, step: int) -> float:
-        bound = math.inf if self.clip_norm is None else self.clip_norm
-        norm = self.accelerator.clip_grad_norm_(self.parameters, bound) if bound < math.inf else _norm(self.parameters)
-        grad_norm = float(norm) if norm is not None else 0.0
+        """Norm of the gradient before clipping. Not accelerate's, which wants all parameters in the model's order."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if hasattr(norm, "full_tensor"):  # sharded: a partial sum until it is gathered
+            norm = norm.full_tensor()
+        grad_norm = float(norm)
         if not math.isfinite(grad_norm):
             raise NonFiniteLossError(
                 f"the gradient of step {step + 1} has norm {grad_norm}, though its loss is finite", step + 1
             )
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         return grad_norm
 
     # -- the place on disk ---------------------------------------------------------------------------------------
@@ -505,7 +510,7 @@ class _Run:
 
 
 def _accelerator() -> "Accelerator":
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedType
     from accelerate.state import AcceleratorState, is_initialized
 
     # a single process keeps the model where the caller put it
@@ -514,14 +519,11 @@ def _accelerator() -> "Accelerator":
     # Accelerate knows one precision per process, perhaps already another's; the loop's own autocast is per run.
     accelerator.native_amp = False
     accelerator.scaler = None
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP version 1 is not supported by the training loop; set FSDP_VERSION=2")
     return accelerator
 
 
 def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The caller's optimiser inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def _norm(parameters: list[nn.Parameter]) -> Tensor | None:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients) if gradients else None

@@ -346,6 +346,27 @@ def test_blanks_before_a_word_without_merge_keep_their_probability():
     assert float(off.next_byte_logprobs(off.start("a  "))[ord("b")]) > -8
 
 
+def test_without_renormalising_it_is_the_plain_sum_over_covers():
+    tokenizer = CASES["plain BPE"][0]
+    model = model_for(tokenizer)
+    lm = ByteLevelLM(model, tokenizer, renormalise=False)
+    state = lm.start("aa")
+
+    def token_probability(ids):
+        with torch.no_grad():
+            log_probs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        return float(log_probs.gather(1, torch.tensor(ids)[1:, None]).sum().exp())
+
+    masses = {n: sum(token_probability(c.ids) for c in lm.cover("aa" + n)) for n in "ab"}
+    ended = token_probability([*encode_prompt(lm, "aa"), tokenizer.eos_token_id])
+    total = sum(masses.values()) + ended
+    found = lm.next_byte_logprobs(state).exp()
+    assert float(found[ord("a")]) == pytest.approx(masses["a"] / total, abs=1e-12)
+    assert float(found[END]) == pytest.approx(ended / total, abs=1e-12)
+    proper = ByteLevelLM(model, tokenizer)
+    assert not torch.allclose(found, proper.next_byte_logprobs(proper.start("aa")).exp(), atol=1e-3)
+
+
 def test_masked_mass_is_reported_and_without_masks_it_stays():
     tokenizer = CASES["plain BPE"][0]
     model = model_for(tokenizer)

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +74,7 @@ class TokenBytes:
         self.added = {token["id"]: token for token in state["added_tokens"]}
         self.unknown: int | None = state["model"].get("unk_id")
         if self.unknown is None and state["model"].get("unk_token") is not None:
-            self.unknown = int(tokenizer.convert_tokens_to_ids([state["model"]["unk_token"]])[0])
+            self.unknown = cast(int, tokenizer.convert_tokens_to_ids(state["model"]["unk_token"]))
         for part in parts.values():  # the blank before a text is ours to add, see `dummy_prefix`
             if "add_prefix_space" in part:
                 part["add_prefix_space"] = False

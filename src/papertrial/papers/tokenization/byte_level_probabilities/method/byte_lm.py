@@ -63,10 +63,13 @@ class ByteLevelLM(ByteProcess):
     tokenizer
         Its tokenizer: BPE, byte-level or SentencePiece. With the name of a special token in a text, the name is meant.
     validity
-        ``exact``, ``pairwise`` or ``off``, see :class:`Validity`. Where it is not off, the model is conditioned after
-        every token on the sequence staying valid, so that it is a language model of texts and its byte probabilities
-        obey the chain rule. ``off`` spares the check: probabilities are then what the model says, with the mass that it
-        gives to impossible sequences (see :meth:`leaked`) counted until they end.
+        ``exact``, ``pairwise`` or ``off``, see :class:`Validity`. ``off`` spares the check of the vocabulary at every
+        step; the mass that the model gives to impossible sequences is then counted until they end.
+    renormalise
+        Condition the model after every token on the sequence staying valid, so that it is a language model of texts and
+        its byte probabilities obey the chain rule. False only removes the mass of impossible sequences (:meth:`leaked`)
+        and normalises over the symbols at the end, as the authors' code does; on a well-trained model the two agree up
+        to that mass.
     bos_token_id
         Fed before every text. Default: the tokenizer's beginning-of-sequence token if it has one, else nothing; then a
         text must have more than one word, because nothing predicts its first token.
@@ -94,6 +97,7 @@ class ByteLevelLM(ByteProcess):
         tokenizer: PreTrainedTokenizerBase,
         validity: Mode = "exact",
         *,
+        renormalise: bool = True,
         bos_token_id: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
     ) -> None:
@@ -103,6 +107,7 @@ class ByteLevelLM(ByteProcess):
         self.model, self.tokenizer = model, tokenizer
         self.tokens = TokenBytes(tokenizer)
         self.validity = Validity(self.tokens, validity)
+        self.renormalise = renormalise and validity != "off"
         rows = inner.get_output_embeddings().weight.shape[0]
         if self.tokens.size > rows:
             raise ValueError(
@@ -340,7 +345,10 @@ class ByteLevelLM(ByteProcess):
         kept = float(torch.logaddexp(log_probs.logsumexp(0), torch.tensor(ends, dtype=torch.float64)))
         if kept == -math.inf:
             return log_probs, ends, 1.0
-        return log_probs - kept, ends - kept, max(0.0, -math.expm1(kept))
+        leaked = max(0.0, -math.expm1(kept))
+        if not self.renormalise:
+            return log_probs, ends, leaked
+        return log_probs - kept, ends - kept, leaked
 
     def _advance(self, state: ByteState, bytes_: dict[int, int]) -> ByteState:
         """Append bytes to some of the texts; the others stay as they are."""

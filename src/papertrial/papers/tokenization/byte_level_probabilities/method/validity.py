@@ -22,6 +22,9 @@ Mode = Literal["exact", "pairwise", "off"]
 FOLLOWERS = ("", "a", "A", "1", "!", " ", "\n", " a", "e", "l", "t", "\u3042")
 """Continuations that pre-tokenizers tell apart: letters, digits, marks, blanks, line ends, and contractions ('re)."""
 
+RECENT = 8
+"""Pieces at the end of a text among which the last settled cut is looked for."""
+
 MASK_BYTES = 64 * 2**20
 """Memory for remembered masks."""
 
@@ -65,6 +68,8 @@ class Validity:
         self._room = max(16, MASK_BYTES // tokens.size)
         text = [bool(tokens.bytes_of(token)) for token in range(tokens.size)]
         self.textual = torch.tensor(text)
+        self._texts = [_text(tokens.bytes_of(token)) for token in range(tokens.size)]
+        self._cuts: dict[tuple[str, str], tuple[int, ...]] = {}
 
     # -- what is asked -------------------------------------------------------------------------------------------
 
@@ -91,7 +96,7 @@ class Validity:
             tail = self._last_whole(tail)
         found = self._remembered.get(tail)
         if found is None:
-            found = torch.tensor([self._accepts(tail, token) for token in range(self.tokens.size)])
+            found = self._all(tail)
             self._remembered[tail] = found
             if len(self._remembered) > self._room:
                 self._remembered.popitem(last=False)
@@ -133,6 +138,23 @@ class Validity:
     def _canonical(self, text: str) -> tuple[int, ...]:
         return tuple(token for piece in self.tokens.pieces(text) for token in self.tokens.cut(piece))
 
+    def _all(self, tail: tuple[int, ...]) -> Tensor:
+        """``_accepts`` for every token."""
+        found = _utf8(self._join(tail))
+        if self.tokens.kind == "sentencepiece" or not self.tokens.splits or found is None or found[1]:
+            return torch.tensor([self._accepts(tail, token) for token in range(self.tokens.size)])
+        answers, before, cut = [], found[0], self.tokens.cut
+        for token, text in enumerate(self._texts):
+            if text is None:
+                answers.append(self._accepts(tail, token))
+                continue
+            whole = before + text
+            pieces = self.tokens.pieces(whole)
+            fits = cut(pieces[-1])[-1:] == (token,)  # the cheap half of the question, and mostly its answer
+            fits = fits and tuple(part for piece in pieces for part in cut(piece)) == (*tail, token)
+            answers.append(fits or (_looks_ahead(whole) and self._accepts(tail, token)))
+        return torch.tensor(answers)
+
     def _accepts(self, tail: tuple[int, ...], token: int) -> bool:
         new = self.tokens.bytes_of(token)
         if not new:
@@ -152,7 +174,7 @@ class Validity:
                 return False
         elif not self.tokens.splits:
             return self.tokens.cut(self.tokens.spell(data)) == sequence
-        return any(cut == sequence for cut in self._possible(whole, partial, len(data)))
+        return any(cut == sequence for cut in self._possible(data, whole, partial))
 
     def _accepts_pieces(self, sequence: tuple[int, ...], whole: str, partial: bytes) -> bool:
         """SentencePiece: an unfinished character can only be one that falls back to its bytes."""
@@ -170,41 +192,54 @@ class Validity:
             self._fallback[partial] = any(character.encode() not in known for character in _characters(partial))
         return self._fallback[partial]
 
-    def _possible(self, whole: str, partial: bytes, length: int) -> Iterator[tuple[int, ...]]:
-        """Token sequences of the first ``length`` bytes under the cuts that the possible continuations cause."""
-        tokens, seen = self.tokens, set()
+    def _possible(self, data: bytes, whole: str, partial: bytes) -> Iterator[tuple[int, ...]]:
+        """Token sequences of ``data`` under the cuts that the possible continuations cause."""
+        spelled, seen = self.tokens.spell(data), set()
         for follower in _followers(partial):
-            left, pieces = length, []
-            for piece in tokens.pieces(whole + follower):
-                pieces.append(piece[:left])  # byte-level: a character a byte
-                left -= len(pieces[-1])
-                if not left:
+            cuts = self._cuts_before(whole, follower)
+            if cuts not in seen:
+                seen.add(cuts)
+                ends = (*cuts[1:], len(data))
+                pieces = [spelled[a:b] for a, b in zip(cuts, ends, strict=True)]
+                yield tuple(token for piece in pieces for token in self.tokens.cut(piece))
+
+    def _cuts_before(self, whole: str, follower: str) -> tuple[int, ...]:
+        """Bytes of ``whole`` at which pieces begin when ``follower`` comes next; its end too, if one begins there."""
+        key = (whole, follower)
+        if key not in self._cuts:
+            if len(self._cuts) > 50_000:
+                self._cuts.clear()
+            end, at, starts = len(whole.encode()), 0, []
+            for piece in self.tokens.pieces(whole + follower):
+                if at > end:
                     break
-            cut = tuple(pieces)
-            if cut not in seen:
-                seen.add(cut)
-                yield tuple(token for piece in cut for token in tokens.cut(piece))
+                starts.append(at)
+                at += self.tokens.width(piece)
+            self._cuts[key] = tuple(starts)
+        return self._cuts[key]
 
     def _steady_cut(self, text: str) -> int:
         """The last byte offset of ``text`` at which a piece begins whatever follows."""
-        steady: set[int] | None = None
-        end = len(text.encode())
-        for follower in FOLLOWERS:
-            starts, at = set(), 0
-            for piece in self.tokens.pieces(text + follower):
-                if at > end:
-                    break
-                starts.add(at)
-                at += self.tokens.width(piece)
-            if not follower:
-                starts.add(end)
-            steady = starts if steady is None else steady & starts
-        return max(steady or {0})
+        pieces = self.tokens.pieces(text)
+        skipped = sum(self.tokens.width(piece) for piece in pieces[:-RECENT])  # cuts that far back are settled
+        text = text.encode()[skipped:].decode()
+        steady = {0, *self._cuts_before(text, ""), len(text.encode())}
+        for follower in FOLLOWERS[1:]:
+            steady &= {0, *self._cuts_before(text, follower)}
+        return skipped + max(steady)
 
 
 def _looks_ahead(text: str) -> bool:
     """Whether what follows can move a cut inside ``text``: after blanks, and in what may be a contraction."""
     return text[-1].isspace() or "'" in text[-3:] or "\u2019" in text[-3:]
+
+
+def _text(data: bytes | None) -> str | None:
+    """The characters of a token, if it holds whole ones only."""
+    try:
+        return data.decode("utf-8") if data else None
+    except UnicodeDecodeError:
+        return None
 
 
 def _continuation_bytes(data: bytes) -> int:
@@ -225,6 +260,10 @@ def _utf8(data: bytes) -> tuple[str, bytes] | None:
     return text, decoder.getstate()[0]
 
 
+_REPRESENTATIVES: dict[tuple[bool, bool, bool, bool], str] = {}
+"""One character of each class, the same for all unfinished ones, so that cuts are remembered."""
+
+
 @lru_cache(maxsize=1024)
 def _followers(partial: bytes) -> tuple[str, ...]:
     """Continuations to try: after an unfinished character, one completion of each class first."""
@@ -233,7 +272,7 @@ def _followers(partial: bytes) -> tuple[str, ...]:
     classes: dict[tuple[bool, bool, bool, bool], str] = {}
     for character in _characters(partial):
         key = (character.isalpha(), character.isnumeric(), character.isspace(), character.isupper())
-        classes.setdefault(key, character)
+        classes.setdefault(key, _REPRESENTATIVES.setdefault(key, character))
     return tuple(character + more for character in classes.values() for more in ("", "a", " "))
 
 

@@ -298,6 +298,22 @@ def test_resuming_from_a_saved_state_is_bit_identical(dtype: torch.dtype) -> Non
     assert torch.equal(resumed, whole)
 
 
+def test_a_copied_optimiser_keeps_its_options_and_its_trajectory() -> None:
+    x = parameter(1.0, -2.0)
+    optimizer = SophiaG([x], lr=0.1, reduce=all_reduce_mean, foreach=False)
+    x.grad = torch.ones(2, dtype=torch.float64)
+    optimizer.step()
+    twin = copy.deepcopy(optimizer)
+    assert twin.reduce is all_reduce_mean
+    assert twin.foreach is False
+    (y,) = twin.parameters()
+    y.grad = x.grad.clone()
+    optimizer.step()
+    twin.step()
+    assert torch.equal(x, y)
+    assert x is not y
+
+
 def test_half_precision_curvature_does_not_underflow() -> None:
     x = nn.Parameter(torch.zeros(3, dtype=torch.float16))
     optimizer = SophiaG([x], betas=(0.0, 0.5))

@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 from papertrial.papers.optimization.sophia.method.curvature import Noise, hutchinson_diagonal
 
 Reduce = Callable[[Sequence[Tensor]], None]
-Pairs = list[tuple[Tensor, Tensor]]
 HALF = (torch.float16, torch.bfloat16)
 PIECE = 1 << 17
 """Elements that a CPU works on at a time: few enough to stay in cache, enough to pay for the calls."""
@@ -73,6 +72,10 @@ class Sophia(Optimizer):
         self.reduce = reduce
         self.foreach = foreach
         super().__init__(params, {"lr": lr, "betas": betas, "rho": rho, "weight_decay": weight_decay, "eps": eps})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps only what it knows; a copied or pickled optimiser needs these as well
+        return {**super().__getstate__(), "reduce": self.reduce, "foreach": self.foreach}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

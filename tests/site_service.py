@@ -1,5 +1,6 @@
 """A catalogue to serve, the application in process, and a real server on loopback."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -166,25 +167,27 @@ def free_port() -> int:
 
 def start_server(home: Path, *, port: int | None = None, wait: bool = True, **settings: object) -> Server:
     """Start the service on loopback and wait until it answers."""
-    port = port or free_port()
+    return start_code(home, port or free_port(), wait=wait, **settings)
+
+
+def start_code(home: Path, port: int, *, prelude: str = "pass", wait: bool = True, **settings: object) -> Server:
+    """Start the service after a statement of the test's own."""
     log = home / "server.log"
     values = ", ".join(f"{name}={value!r}" for name, value in {"encoder": False, "fetch": False, **settings}.items())
-    code = f"from papertrial.site.serve import serve; serve(port={port}, {values})"
+    code = f"{prelude}\nfrom papertrial.site.serve import serve\nserve(port={port}, {values})"
     environment = {**os.environ, "PAPERTRIAL_HOME": str(home), "OMP_NUM_THREADS": "1"}
     with log.open("ab") as stream:
         process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=stream, stdout=stream)
     server = Server(process, f"http://127.0.0.1:{port}", home, log)
     end = time.monotonic() + 60
     while wait:
-        try:
+        with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{server.url}/health", timeout=5).is_success:
                 break
-        except httpx.TransportError:
-            pass
         if process.poll() is not None or time.monotonic() > end:
             process.kill()
             raise RuntimeError(f"the server did not start: {log.read_text()[-2000:]}")
-        time.sleep(0.02)
+        time.sleep(0.01)
     return server
 
 

@@ -1,4 +1,4 @@
-"""The application: every module of `api`, `pages` and `delivery` plugged into one FastAPI.
+"""The application: every module of `PACKAGES` plugged into one FastAPI.
 
 A module takes part by what it defines, all optional:
 
@@ -36,7 +36,7 @@ from papertrial.site.settings import Settings, read_settings
 
 log = logging.getLogger("papertrial.site")
 
-PACKAGES = ("api", "pages", "delivery")
+PACKAGES = ("api", "pages", "delivery", "syndication", "mcp")
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

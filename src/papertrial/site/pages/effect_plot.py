@@ -49,7 +49,7 @@ class Scale:
         step = 10.0 ** math.floor(math.log10(span / 3))
         step *= next(factor for factor in (5, 2, 1) if span / (step * factor) >= 3)
         first = math.ceil(self.low / step)
-        return [i * step for i in range(first, math.floor(self.high / step) + 1)]
+        return [float(f"{i * step:.12g}") for i in range(first, math.floor(self.high / step) + 1)]
 
 
 def _values(judgement: Judgement) -> list[float]:

@@ -1,0 +1,167 @@
+"""A backup holds everything that cannot be made again; restoring it gives the same rows, on either database."""
+
+import json
+import stat
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from papertrial.errors import UsageError
+from papertrial.feed import schema
+from papertrial.feed.store import Store
+from papertrial.site import keys
+from papertrial.site.backup import backup, restore
+from papertrial.site.people import accounts
+from site_service import Site
+
+
+def dump(database: str | None = None) -> dict[str, list[Any]]:
+    with Store.open(database) as store, store.reading() as connection:
+        return {
+            table.name: [tuple(row) for row in connection.execute(sa.select(table).order_by(*table.primary_key))]
+            for table in schema.metadata.sorted_tables
+        }
+
+
+@pytest.fixture
+def used(site: Site, home: Path) -> Iterator[Path]:
+    """A home folder where people have been."""
+    ada = site.sign_in("ada@example.org")
+    ada.client.put("/api/papers/2601.00003/vote")
+    first = ada.client.post("/api/papers/2601.00003/comments", json={"body": "émigré \u2028 日本"}).json()
+    site.sign_in("bob@example.org").client.post(
+        "/api/papers/2601.00003/comments", json={"body": "reply", "parent": first["id"]}
+    )
+    made = ada.client.post("/api/collections", json={"title": "c"}).json()
+    ada.client.put(f"/api/collections/{made['owner']}/{made['slug']}/items/2601.00001")
+    (home / "evidence" / "toy").mkdir(parents=True)
+    (home / "evidence" / "toy" / "small.json").write_text("{}")
+    yield home
+
+
+def test_a_restored_database_has_every_row_and_goes_on_counting(
+    used: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = used / "backup.zip"
+    counts = backup(archive)
+    assert counts["papers"] > 100
+    assert counts["comments"] == 2
+    before, key = dump(), keys.read_key(used, "service")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.setenv("PAPERTRIAL_HOME", str(elsewhere))
+    assert restore(archive) == counts
+    assert dump() == before
+    assert keys.read_key(elsewhere, "service") == key
+    assert (elsewhere / "evidence" / "toy" / "small.json").read_text() == "{}"
+    with Store.open() as store:
+        signed = accounts.sign_in(store, accounts.make_sign_in_link(store, "new@example.org", minutes=5), days=1)
+    assert signed.reader.id > max(row[0] for row in before["users"])
+
+
+def test_a_backup_is_its_owners_alone_and_never_overwrites(used: Path) -> None:
+    archive = used / "backup.zip"
+    backup(archive)
+    assert stat.S_IMODE(archive.stat().st_mode) == 0o600
+    with pytest.raises(UsageError, match="already"):
+        backup(archive)
+    assert not list(used.glob(".*.part"))
+
+
+def test_a_backup_is_one_state_while_people_go_on(used: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vote that comes between two tables is in neither."""
+    from papertrial.site import backup as module
+
+    plain = module._plain
+    late = site.sign_in("late@example.org")
+
+    def vote_meanwhile(value: Any) -> str:
+        late.client.put("/api/papers/2601.00005/vote")
+        return plain(value)
+
+    monkeypatch.setattr(module, "_plain", vote_meanwhile)
+    counts = backup(used / "b.zip")
+    assert counts["votes"] == 1
+    assert len(dump()["votes"]) == 2
+
+
+def test_a_database_in_use_is_replaced_only_on_request(used: Path) -> None:
+    archive = used / "b.zip"
+    backup(archive)
+    before = dump()
+    with Store.open() as store, store.writing() as connection:
+        connection.execute(schema.metadata.tables["votes"].delete())
+    with pytest.raises(UsageError, match="--force"):
+        restore(archive)
+    restore(archive, force=True)
+    assert dump() == before
+
+
+def _rewritten(source: Path, target: Path, change: Callable[[str, bytes], bytes | None]) -> Path:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            data = change(name, old.read(name))
+            if data is not None:
+                new.writestr(name, data)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, data: data.replace(b"ada@", b"eve@") if "users" in name else data, "damaged"),
+        (lambda name, data: data[: len(data) // 2] if "papers.jsonl" in name else data, "damaged"),
+        (lambda name, data: b"" if "votes" in name else data, "damaged"),
+        (lambda name, data: None if "votes" in name else data, "damaged|votes"),
+        (lambda name, data: b"[1]\n" if "votes" in name else data, "damaged"),
+        (lambda name, data: None if name == "manifest.json" else data, "not a backup"),
+        (lambda name, data: data.replace(b'"format": 1', b'"format": 9') if "manifest" in name else data, "newer"),
+    ],
+)
+def test_a_damaged_backup_changes_nothing(used: Path, change: Any, message: str) -> None:
+    good = used / "good.zip"
+    backup(good)
+    before = dump()
+    with pytest.raises(UsageError, match=message):
+        restore(_rewritten(good, used / "bad.zip", change), force=True)
+    assert dump() == before
+
+
+def test_what_is_no_backup_is_refused(home: Path) -> None:
+    (home / "x.zip").write_bytes(b"not a zip")
+    with pytest.raises(UsageError, match="damaged or no backup"):
+        restore(home / "x.zip")
+    with pytest.raises(UsageError, match="no file"):
+        restore(home / "missing.zip")
+
+
+def test_a_hostile_archive_writes_nowhere_else(used: Path) -> None:
+    good = used / "good.zip"
+    backup(good)
+    bad = used / "bad.zip"
+    with zipfile.ZipFile(good) as old, zipfile.ZipFile(bad, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        for name in (
+            "keys/../../escaped",
+            "/tmp/papertrial-escaped",
+            "evidence/../escaped",
+            "other/escaped",
+            "escaped",
+        ):
+            new.writestr(name, "x")
+    restore(bad, force=True)
+    assert not list(used.parent.rglob("*escaped*"))
+    assert not Path("/tmp/papertrial-escaped").exists()
+
+
+def test_the_manifest_says_what_is_inside(used: Path) -> None:
+    backup(used / "b.zip")
+    with zipfile.ZipFile(used / "b.zip") as archive:
+        manifest = json.loads(archive.read("manifest.json"))
+        assert manifest["schema"] == schema.HEAD
+        assert {f"tables/{name}.jsonl" for name in manifest["rows"]} <= set(archive.namelist())
+        assert "keys/service" in archive.namelist()

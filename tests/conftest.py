@@ -26,3 +26,29 @@ def _shared_cache(tmp_path_factory):
     folder = root / "papertrial-cache"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgresql_server(tmp_path_factory):
+    """The run's PostgreSQL server, shared by its workers; the test is skipped where none can be started."""
+    from postgresql_server import server_url
+
+    base = tmp_path_factory.getbasetemp()
+    return server_url(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
+@pytest.fixture
+def postgresql(postgresql_server):
+    """The URL of an empty PostgreSQL database of this test alone."""
+    from postgresql_server import new_database
+
+    with new_database(postgresql_server) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request, tmp_path):
+    """The URL of an empty database of this test alone, one of each kind."""
+    if request.param == "postgresql":
+        return request.getfixturevalue("postgresql")
+    return f"sqlite:///{tmp_path / 'papertrial.db'}"

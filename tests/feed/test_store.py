@@ -23,26 +23,13 @@ from papertrial.feed.trending import score, trending
 FIRST = date(2025, 1, 1)
 
 
-#: A PostgreSQL database whose tables these tests may drop, such as postgresql+psycopg://me@localhost/scratch.
-POSTGRESQL = os.environ.get("PAPERTRIAL_TEST_POSTGRESQL")
-sqlite_only = pytest.mark.parametrize("store", ["sqlite"], indirect=True)
+sqlite_only = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"] if POSTGRESQL else ["sqlite"])
-def store(request, tmp_path, monkeypatch):
-    monkeypatch.setenv("PAPERTRIAL_HOME", str(tmp_path))
-    if request.param == "postgresql":
-        empty_postgresql()
-    with Store.open(POSTGRESQL if request.param == "postgresql" else None) as opened:
+@pytest.fixture
+def store(database):
+    with Store.open(database) as opened:
         yield opened
-
-
-def empty_postgresql():
-    engine = sa.create_engine(POSTGRESQL)
-    with engine.begin() as connection:
-        connection.execute(sa.text("DROP SCHEMA public CASCADE"))
-        connection.execute(sa.text("CREATE SCHEMA public"))
-    engine.dispose()
 
 
 def paper(number, **changes):
@@ -481,22 +468,17 @@ def _write(url, worker, barrier):
             store.upsert([paper(1000 + worker * 1000 + n) for n in range(start, start + 20)])
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"] if POSTGRESQL else ["sqlite"])
-def test_writers_at_the_same_time_lose_and_double_nothing(tmp_path, kind):
+def test_writers_at_the_same_time_lose_and_double_nothing(database):
     """Four processes open a fresh database at once and write the same and different papers."""
-    url = f"sqlite:///{tmp_path / 'shared.db'}"
-    if kind == "postgresql":
-        empty_postgresql()
-        url = POSTGRESQL
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(4)
-    workers = [context.Process(target=_write, args=(url, number, barrier)) for number in range(4)]
+    workers = [context.Process(target=_write, args=(database, number, barrier)) for number in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(120)
     assert [worker.exitcode for worker in workers] == [0] * 4
-    with Store.open(url) as store:
+    with Store.open(database) as store:
         assert store.count() == 200 + 4 * 200
         assert {store.find(paper(n).arxiv_id).upvotes for n in range(200)} == {3}
         changes, revision = store.changes_since(0, limit=5000)

@@ -2,7 +2,6 @@
 
 import email
 import email.policy
-import os
 import re
 import socket
 import subprocess
@@ -40,23 +39,13 @@ from papertrial.site.settings import Settings
 from site_service import TODAY, Site, free_port, links_in, records
 
 DAY = timedelta(days=1)
-#: A PostgreSQL database whose tables these tests may drop.
-POSTGRESQL = os.environ.get("PAPERTRIAL_TEST_POSTGRESQL")
 
 
-@pytest.fixture(params=["sqlite", "postgresql"] if POSTGRESQL else ["sqlite"])
-def here(request: pytest.FixtureRequest, home: Path) -> Iterator[Context]:
+@pytest.fixture
+def here(database: str, home: Path) -> Iterator[Context]:
     """A service without its HTTP side, over the small catalogue."""
-    url = None
-    if request.param == "postgresql":
-        url = POSTGRESQL
-        engine = sa.create_engine(str(url))
-        with engine.begin() as connection:
-            connection.execute(sa.text("DROP SCHEMA public CASCADE"))
-            connection.execute(sa.text("CREATE SCHEMA public"))
-        engine.dispose()
-    settings = Settings(database=url, encoder=False, fetch=False)
-    with Store.open(url) as store:
+    settings = Settings(database=database, encoder=False, fetch=False)
+    with Store.open(database) as store:
         store.upsert(records())
         yield Context(settings, store, Limiter(settings))
 

@@ -68,7 +68,7 @@ class Generation:
         return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in self.continuations()]
 
 
-def _row_uniforms(
+def row_uniforms(
     generator: torch.Generator | Sequence[torch.Generator], rows: int, steps: int, device: torch.device
 ) -> Tensor:
     """Uniform numbers (rows, steps); row r depends on r and the generator only, not on how many rows there are."""
@@ -83,13 +83,13 @@ def _row_uniforms(
     return torch.stack(draws)
 
 
-def _end_tokens(eos_token_id: int | Sequence[int] | None, device: torch.device) -> Tensor:
+def end_tokens(eos_token_id: int | Sequence[int] | None, device: torch.device) -> Tensor:
     if eos_token_id is None:
         return torch.empty(0, dtype=torch.long, device=device)
     return torch.as_tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=device)
 
 
-def _padding(model: PreTrainedModel, pad_token_id: int | None, ends: Tensor) -> int:
+def padding_token(model: PreTrainedModel, pad_token_id: int | None, ends: Tensor) -> int:
     """What fills a finished row: as asked, else the model's padding token, else its first end token."""
     if pad_token_id is None:
         pad_token_id = getattr(unwrap(model).config, "pad_token_id", None)
@@ -110,8 +110,8 @@ def _decode(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     prompt_ids, prompt_mask = decoder.input_ids, decoder.attention_mask
-    ends = _end_tokens(eos_token_id, prompt_ids.device)
-    pad = _padding(decoder.model, pad_token_id, ends)
+    ends = end_tokens(eos_token_id, prompt_ids.device)
+    pad = padding_token(decoder.model, pad_token_id, ends)
     alive = torch.ones(prompt_ids.shape[0], dtype=torch.bool, device=prompt_ids.device)
     tokens, mask, log_probs = [], [], []
     for step in range(max_new_tokens):
@@ -230,7 +230,7 @@ def sample(
         decoder = StepDecoder(model, input_ids, attention_mask, use_cache=use_cache)
         decoder.repeat(num_samples)
         device = decoder.input_ids.device
-        uniforms = _row_uniforms(generator, rows, max_new_tokens, device)
+        uniforms = row_uniforms(generator, rows, max_new_tokens, device)
         forced, lengths = forced.to(device), lengths.to(device)
 
         def choose(scores: Tensor, step: int) -> Tensor:
@@ -293,8 +293,8 @@ def beam(
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
     device = device_of(model)
     prompt_ids, prompt_mask = as_prompt(input_ids, attention_mask, device)
-    ends = _end_tokens(eos_token_id, device)
-    pad = _padding(model, pad_token_id, ends)
+    ends = end_tokens(eos_token_id, device)
+    pad = padding_token(model, pad_token_id, ends)
     with evaluating(model), torch.no_grad(), quiet_transformers():  # it would warn of the -1 below
         sequences = cast(Any, model).generate(
             prompt_ids,

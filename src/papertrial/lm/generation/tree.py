@@ -6,6 +6,7 @@ not see each other. Nothing is copied per candidate, so k candidates cost one pa
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,13 +50,28 @@ def tree_mask(parents: Sequence[int]) -> tuple[Tensor, Tensor]:
 def can_look_ahead(decoder: StepDecoder, nodes: int) -> bool:
     """Whether :func:`look_ahead` may feed that many nodes now; if not, repeat the rows instead.
 
-    False without a cache, under attention kernels that take no mask of their own, and where a sliding window would hide
-    part of the context.
+    False without a cache, under attention kernels that take no mask of their own, and where layers have sliding windows
+    of different lengths and one of them would hide part of the context.
     """
-    if decoder.cache is None or unwrap(decoder.model).config._attn_implementation not in ("eager", "sdpa"):
+    config = unwrap(decoder.model).config
+    if decoder.cache is None or config._attn_implementation not in ("eager", "sdpa"):
         return False
-    windows = [layer.sliding_window for layer in decoder.cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    return all(kv.length(decoder.cache) + nodes < window for window in windows)
+    windows = _windows(decoder)
+    if not _hides(decoder, nodes):
+        return True
+    everywhere = len(windows) == len(decoder.cache.layers)
+    return len(set(windows)) == 1 and (everywhere or getattr(config, "layer_types", None) is not None)
+
+
+def _windows(decoder: StepDecoder) -> list[int]:
+    assert decoder.cache is not None
+    return [layer.sliding_window for layer in decoder.cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+
+
+def _hides(decoder: StepDecoder, nodes: int) -> bool:
+    """Whether some layer's window is too short to show everything to every node."""
+    assert decoder.cache is not None
+    return any(kv.length(decoder.cache) + nodes >= window for window in _windows(decoder))
 
 
 @dataclass
@@ -80,19 +96,27 @@ class LookAhead:
         Parameters
         ----------
         nodes
-            (B, P) node numbers from the top of the tree downwards; -1, on the left, where a row keeps fewer than P.
-            Every row keeps at least one.
+            (B, P) node numbers from the top of the tree downwards; -1, on the left, where a row keeps fewer than P
+            (its empty places become left padding of the whole row). Every row keeps at least one.
         """
         decoder, rows = self.decoder, torch.arange(len(nodes), device=nodes.device)
-        if nodes.dim() != 2 or nodes.shape[0] != self.tokens.shape[0] or bool((nodes[:, -1] < 0).any()):
+        if nodes.dim() != 2 or nodes.shape[1] < 1 or len(nodes) != len(self.tokens) or bool((nodes[:, -1] < 0).any()):
             raise ValueError("nodes must be (rows, at least 1) and name at least one node a row, -1 only on the left")
+        if bool(((nodes[:, 1:] < 0) & (nodes[:, :-1] >= 0)).any()):
+            raise ValueError("nodes has -1 behind a node: the empty places of a row stand on the left")
         context = decoder.input_ids.shape[1]
-        old = torch.arange(context, device=nodes.device).expand(len(nodes), -1)
+        columns = torch.arange(context + nodes.shape[1], device=nodes.device)
+        # a row that keeps fewer nodes is moved to the right, so that its empty slots become left padding: between the
+        # context and the nodes they would count in sliding windows
+        moved = columns - (nodes < 0).sum(1, keepdim=True)
+        chosen = (nodes + context).gather(1, (columns - context).clamp(min=0).expand(len(nodes), -1))
+        order = torch.where(moved < context, moved.clamp(min=-1), chosen)
         assert decoder.cache is not None
-        kv.gather(decoder.cache, torch.cat([old, torch.where(nodes < 0, -1, nodes + context)], 1))
-        kept = self.tokens.gather(1, nodes.clamp(min=0)).masked_fill(nodes < 0, 0)
-        decoder.input_ids = torch.cat([decoder.input_ids, kept], 1)
-        decoder.attention_mask = torch.cat([decoder.attention_mask, (nodes >= 0).long()], 1)
+        kv.gather(decoder.cache, order)
+        ids = torch.cat([decoder.input_ids, self.tokens], 1)
+        mask = torch.cat([decoder.attention_mask, torch.ones_like(self.tokens)], 1)
+        decoder.input_ids = ids.gather(1, order.clamp(min=0)).masked_fill(order < 0, 0)
+        decoder.attention_mask = kv.gather_mask(mask, order)
         decoder.logits = self.logits[rows, nodes[:, -1]]
         if self.hidden is not None:
             decoder.hidden = self.hidden[rows[:, None], nodes.clamp(min=0)]
@@ -101,6 +125,31 @@ class LookAhead:
         """Forget every node; the decoder stands where it stood."""
         assert self.decoder.cache is not None
         kv.crop(self.decoder.cache, self.tokens.shape[1])
+
+
+def _additive(decoder: StepDecoder, visible: Tensor, depths: Tensor) -> Tensor | dict[str, Tensor]:
+    """The mask as the model takes it: 0 where visible (B, N, t + N), else the lowest number; one for each kind of layer
+    where windows hide part of it.
+    """
+    dtype = next(body(decoder.model).parameters()).dtype
+
+    def additive(seen: Tensor) -> Tensor:
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+    nodes = len(depths)
+    if not _hides(decoder, nodes):
+        return additive(visible)
+    assert decoder.cache is not None
+    windows, context = _windows(decoder), decoder.input_ids.shape[1]
+    # a node stands where its depth puts it, not where its slot is
+    places = torch.cat([torch.arange(context, device=depths.device), context + depths])
+    near = places[None, :] > context + depths[:, None] - windows[0]
+    # a layer shows the model no more than the window of the oldest of its new tokens
+    windowed = additive((visible & near)[:, :, -(windows[0] - 1 + nodes) :])
+    if len(windows) == len(decoder.cache.layers):
+        return windowed
+    return {"full_attention": additive(visible), "sliding_attention": windowed}
 
 
 @torch.no_grad()
@@ -128,9 +177,7 @@ def look_ahead(decoder: StepDecoder, tokens: Tensor, parents: Sequence[int]) -> 
     visible = torch.cat(
         [decoder.attention_mask.bool()[:, None, :].expand(-1, len(parents), -1), sees.expand(len(tokens), -1, -1)], 2
     )
-    dtype = next(body(model).parameters()).dtype
-    mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
-    inputs = {"input_ids": tokens.to(device), "attention_mask": mask[:, None], "use_cache": True}
+    inputs: dict[str, Any] = {"input_ids": tokens.to(device), "attention_mask": _additive(decoder, visible, depths), "use_cache": True}
     inputs |= {"past_key_values": decoder.cache}
     if decoder.takes_positions:
         inputs["position_ids"] = position_ids(decoder.attention_mask)[:, -1:] + 1 + depths

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
+from papertrial.feed.catalogue import index_folder
 from papertrial.feed.records import Record
 from papertrial.feed.store import Store
 from papertrial.site import upkeep
@@ -25,6 +27,7 @@ from papertrial.site.app import create_app
 from papertrial.site.context import Context
 from papertrial.site.people import accounts
 from papertrial.site.settings import Settings
+from postgresql_server import new_database
 
 TODAY = date.today()
 IN_PROCESS = {"encoder": False, "fetch": False, "base_url": "http://testserver"}
@@ -111,12 +114,40 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def postgresql_site(home: Path, postgresql_server: sa.URL, prepared_postgresql: tuple[str, Path]) -> Iterator[str]:
+    """The URL of a PostgreSQL database with the catalogue in it, and the home folder has its index."""
+    name, folder = prepared_postgresql
+    with new_database(postgresql_server, template=name) as url:
+        (home / "search").mkdir()
+        shutil.copytree(folder, home / "search" / index_folder(url).name)
+        yield url
+
+
+@pytest.fixture(scope="session")
+def prepared_postgresql(
+    postgresql_server: sa.URL, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path]]:
+    """A PostgreSQL database with the catalogue in it, and the folder of its index: to be copied for each test."""
+    folder = tmp_path_factory.mktemp("prepared-postgresql")
+    with new_database(postgresql_server) as url:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PAPERTRIAL_HOME", str(folder))
+            with Store.open(url) as store:
+                store.upsert(records())
+            app = create_app(Settings.model_validate({**IN_PROCESS, "database": url}))
+            upkeep.update_index_now(app.state.context)
+            app.state.context.close()
+            indexed = index_folder(url)
+        yield str(sa.make_url(url).database), indexed
+
+
+@pytest.fixture
 def make_site(home: Path, prepared: Path) -> Iterator[Callable[..., Site]]:
     """Makes an application over a small catalogue; settings as keywords."""
     clients: list[TestClient] = []
 
     def make(**settings: object) -> Site:
-        if not (home / "papertrial.db").exists():
+        if "database" not in settings and not (home / "papertrial.db").exists():
             shutil.copytree(prepared, home, dirs_exist_ok=True)
         values = {**IN_PROCESS, **settings}
         app = create_app(Settings.model_validate(values))

@@ -1,3 +1,3 @@
 """The fixtures of `site_service`, for every test of the service."""
 
-from site_service import home, make_site, prepared, site  # noqa: F401
+from site_service import home, make_site, postgresql_site, prepared, prepared_postgresql, site  # noqa: F401

@@ -19,6 +19,14 @@ from site_service import TODAY, Site, links_in
 PAPER = "2601.00003"
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def site(request: pytest.FixtureRequest, make_site: Callable[..., Site]) -> Site:
+    """The service on each database."""
+    if request.param == "sqlite":
+        return make_site()
+    return make_site(database=request.getfixturevalue("postgresql_site"))
+
+
 def paper_id(site: Site, name: str = PAPER) -> int:
     paper = site.context.store.find(name)
     assert paper is not None

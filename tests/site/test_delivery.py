@@ -307,7 +307,7 @@ def test_a_topic_has_the_papers_of_its_category(here: Context) -> None:
     subscribed(here, watch=Watch("topic", "cs.CL"))
     subscribed(here, watch=Watch("topic", "math.AG"))
     assert (send_due(here, now=tomorrow)).sent == 1
-    assert ("sent" in dict(map(reversed, states(here)))) and len(states(here)) == 2  # type: ignore[arg-type]
+    assert sorted(state for _, state in states(here)) == ["empty", "sent"]
 
 
 def test_the_digest_of_a_tag_is_learned_from_it_and_goes_to_its_reader_alone(here: Context) -> None:
@@ -493,12 +493,14 @@ class Postman:
         self.at_rcpt = "250 ok"
         self.hang_up = False
 
-    async def handle_RCPT(self, server: Any, session: Any, envelope: Any, address: str, options: Any) -> str:
+    async def handle_RCPT(  # noqa: N802  aiosmtpd's name
+        self, server: Any, session: Any, envelope: Any, address: str, options: Any
+    ) -> str:
         if self.at_rcpt.startswith("250"):
             envelope.rcpt_tos.append(address)
         return self.at_rcpt
 
-    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
+    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:  # noqa: N802  aiosmtpd's name
         if self.hang_up:
             self.letters.append((envelope.mail_from, envelope.rcpt_tos, envelope.content))
             server.transport.abort()
@@ -560,7 +562,8 @@ def test_a_server_that_is_busy_is_asked_a_few_times_only(here: Context, postman:
     for _ in range(queue.ATTEMPTS + 3):
         send_due(busy, now=lambda: moment)  # noqa: B023
         moment += timedelta(hours=3)
-    assert ("failed" in [state for _, state in states(here)]) and not server.letters
+    assert "failed" in {state for _, state in states(here)}
+    assert not server.letters
     server.answer = "250 ok"
     assert send_due(busy, now=lambda: moment + DAY).sent == 1  # the papers come with the next digest
     assert b"Paper number 1" in server.letters[0][2]
@@ -585,7 +588,7 @@ def test_a_letter_that_may_have_gone_out_is_not_sent_again(here: Context, postma
     server.hang_up = False
     for hours in (1, 3, 6):
         send_due(over_smtp(here, url), now=lambda: tomorrow() + timedelta(hours=hours))  # noqa: B023
-    assert [state for _, state in states(here)][0] == "unknown"
+    assert states(here)[0][1] == "unknown"
     assert len(server.letters) <= 2
     assert len(server.letters) == len(states(here))
 
@@ -605,9 +608,11 @@ def test_each_answer_of_a_server_means_what_it_says(home: Path, postman: tuple[P
     server.hang_up = True
     with pytest.raises(LetterUnclear):
         mailer.send(letter)
-    with socket.socket() as deaf, pytest.raises(LetterDelayed, match="cannot be used"):
+    with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))  # nobody listens
-        SmtpMailer(Settings(smtp_url=f"smtp://127.0.0.1:{deaf.getsockname()[1]}")).send(letter)
+        away = SmtpMailer(Settings(smtp_url=f"smtp://127.0.0.1:{deaf.getsockname()[1]}"))
+        with pytest.raises(LetterDelayed, match="cannot be used"):
+            away.send(letter)
 
 
 def test_credentials_log_in_and_never_show(home: Path) -> None:

@@ -2,13 +2,15 @@
 
 The file is a ZIP archive: ``manifest.json`` (schema, rows and digest of every table), ``tables/<name>.jsonl`` (a row a
 line), ``keys/`` and ``evidence/`` (the user's own runs) of the home folder. All tables are read in one transaction, so
-the service may go on while a backup is made. What is derived (the search index, figures) is left out.
+the service may go on while a backup is made. What is derived (the search index, figures) is left out, and so are the
+leases, which say what a running service is doing. Stop the service before a restore.
 """
 
 import hashlib
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
@@ -20,7 +22,9 @@ import sqlalchemy as sa
 import papertrial
 from papertrial.errors import PapertrialError, UsageError
 from papertrial.feed import schema
+from papertrial.feed.catalogue import index_folder
 from papertrial.feed.database import explained
+from papertrial.feed.search import SearchIndex
 from papertrial.feed.store import Store
 from papertrial.home import home
 
@@ -28,6 +32,7 @@ FORMAT = 1
 _ROWS = 500
 _FOLDERS = ("keys", "evidence")
 _MANIFEST = "manifest.json"
+_LEFT_OUT = frozenset(("leases",))
 _LONGEST_LINE = 64_000_000
 
 
@@ -63,7 +68,7 @@ def backup(path: Path, database: str | None = None) -> dict[str, int]:
 def _write(archive: zipfile.ZipFile, database: str | None) -> dict[str, int]:
     counts, digests = {}, {}
     with Store.open(database) as store, _snapshot(store) as connection:
-        for table in schema.metadata.sorted_tables:
+        for table in _tables():
             with archive.open(f"tables/{table.name}.jsonl", "w", force_zip64=True) as stream:
                 total, digest = 0, hashlib.sha256()
                 for row in connection.execute(sa.select(table).order_by(*table.primary_key.columns)).mappings():
@@ -86,6 +91,11 @@ def _write(archive: zipfile.ZipFile, database: str | None) -> dict[str, int]:
     }
     archive.writestr(_MANIFEST, json.dumps(manifest, indent=1))
     return counts
+
+
+def _tables() -> list[sa.Table]:
+    """What is kept, each table after those that its rows refer to."""
+    return [table for table in schema.metadata.sorted_tables if table.name not in _LEFT_OUT]
 
 
 @contextmanager
@@ -122,11 +132,12 @@ def restore(path: Path, database: str | None = None, *, force: bool = False) -> 
                 _check_empty(store, force)
                 with store.writing() as connection:
                     counts = _replace(connection, archive, manifest, path)
+                    _forget_index(database)
             _restore_files(archive)
             return counts
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
         raise UsageError(f"{path} is damaged or no backup: {error}") from None
 
 
@@ -158,34 +169,48 @@ def _check_empty(store: Store, force: bool) -> None:
 def _replace(
     connection: sa.Connection, archive: zipfile.ZipFile, manifest: dict[str, Any], path: Path
 ) -> dict[str, int]:
-    tables = schema.metadata.sorted_tables
+    tables = _tables()
     for table in reversed(tables):
         connection.execute(table.delete())
+    held = set(archive.namelist())
     counts = {}
     for table in tables:
         if table.name not in manifest["rows"]:
             continue  # a table that came after the backup was made
-        batch, total, digest = [], 0, hashlib.sha256()
-        with archive.open(f"tables/{table.name}.jsonl") as stream:
-            while line := stream.readline(_LONGEST_LINE):
-                digest.update(line)
-                batch.append(_row(table, line, path))
-                total += 1
-                if len(batch) == _ROWS:
-                    connection.execute(table.insert(), batch)
-                    batch = []
-        if batch:
-            connection.execute(table.insert(), batch)
-        if total != manifest["rows"][table.name] or digest.hexdigest() != manifest["digests"].get(table.name):
+        if f"tables/{table.name}.jsonl" not in held:
+            raise UsageError(f"{path} is damaged: table {table.name} is missing")
+        try:
+            total, digest = _insert_rows(connection, archive, table, path)
+        except (sa.exc.IntegrityError, sa.exc.DataError) as error:
+            raise UsageError(f"{path} is damaged: a row of table {table.name} does not fit: {error.orig}") from None
+        if total != manifest["rows"][table.name] or digest != manifest["digests"].get(table.name):
             raise UsageError(f"{path} is damaged: table {table.name} is not what was written")
         counts[table.name] = total
     _count_on(connection)
     return counts
 
 
+def _insert_rows(connection: sa.Connection, archive: zipfile.ZipFile, table: sa.Table, path: Path) -> tuple[int, str]:
+    """Bring one table back; how many rows it has, and their digest."""
+    batch, total, digest = [], 0, hashlib.sha256()
+    with archive.open(f"tables/{table.name}.jsonl") as stream:
+        while line := stream.readline(_LONGEST_LINE):
+            digest.update(line)
+            batch.append(_row(table, line, path))
+            total += 1
+            if len(batch) == _ROWS:
+                connection.execute(table.insert(), batch)
+                batch = []
+    if batch:
+        connection.execute(table.insert(), batch)
+    return total, digest.hexdigest()
+
+
 def _row(table: sa.Table, line: bytes, path: Path) -> dict[str, Any]:
     try:
         row = json.loads(line)
+        if not isinstance(row, dict) or not row:
+            raise ValueError(row)
         return {column.name: _typed(column, row[column.name]) for column in table.columns if column.name in row}
     except (ValueError, TypeError, AttributeError):
         raise UsageError(f"{path} is damaged: a row of table {table.name} cannot be read") from None
@@ -209,12 +234,21 @@ def _count_on(connection: sa.Connection) -> None:
     """PostgreSQL: numbers that it gives out go on behind the restored ones. SQLite sees to it by itself."""
     if connection.dialect.name != "postgresql":
         return
-    for table in schema.metadata.sorted_tables:
+    for table in _tables():
         for column in table.primary_key.columns:
             found = connection.execute(sa.select(sa.func.pg_get_serial_sequence(table.name, column.name))).scalar()
             if found:
                 top = connection.execute(sa.select(sa.func.max(column))).scalar()
                 connection.execute(sa.select(sa.func.setval(found, (top or 0) + 1, False)))
+
+
+def _forget_index(database: str | None) -> None:
+    """Search begins anew: the restored revisions are not those that the index counts by."""
+    folder = index_folder(database)
+    if folder.is_dir():
+        index = SearchIndex(folder, None)
+        index.clear()
+        index.commit(0)
 
 
 def _restore_files(archive: zipfile.ZipFile) -> None:

@@ -33,6 +33,9 @@ _TITLES = {
 }
 
 
+_FOR_PROGRAMS = ("/api/", "/feeds/", "/mcp", "/.well-known/", "/openapi.json", "/health")
+
+
 class Problem(Exception):
     """An answer with an error status: raise it anywhere below a route.
 
@@ -85,7 +88,7 @@ def answer(request: Request, problem: Problem) -> Response:
 def wants_json(request: Request) -> bool:
     """Whether an error is for a program: under /api and the like, or where JSON is asked for and HTML is not."""
     path = request.scope["path"]
-    if path.startswith(("/api/", "/mcp", "/.well-known/", "/openapi.json", "/health")) or path.endswith(".md"):
+    if path.startswith(_FOR_PROGRAMS) or path.endswith(".md"):
         return True
     accept = request.headers.get("accept", "")
     return "json" in accept and "text/html" not in accept

@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse, Response
 from papertrial.lab.claim import FAMILIES
 from papertrial.site.context import Here, MaybeReader, Writer, check_csrf, check_origin
 from papertrial.site.delivery import asking, subscriptions
-from papertrial.site.delivery.subscriptions import Watch
+from papertrial.site.delivery.subscriptions import Subscription, Watch
 from papertrial.site.errors import Problem
 from papertrial.site.fields import RowNumber
 from papertrial.site.pages.serving import local, see_other
@@ -62,7 +62,7 @@ def _form(
     status: int = 200,
     problem: Problem | None = None,
 ) -> Response:
-    fields = {"email": reader.email if reader else "", "kind": "feed", "value": "", "family": ""}
+    fields: dict[str, Any] = {"email": reader.email if reader else "", "kind": "feed", "value": "", "family": ""}
     fields |= {"cadence": "daily", "timezone": here.settings.timezone, "hour": 7} | given
     own = subscriptions.subscriptions_of(here.store, reader) if reader else []
     names = list(tags.tags_of(here.store, reader.id)) if reader else []
@@ -95,7 +95,7 @@ def subscribe(
     hour: Annotated[int, Form()] = 7,
 ) -> Response:
     """Ask for a digest: the same answer to everybody, whether or not the address has it already."""
-    given = {"email": email, "kind": kind, "value": value, "family": family}
+    given: dict[str, Any] = {"email": email, "kind": kind, "value": value, "family": family}
     given |= {"cadence": cadence, "timezone": timezone, "hour": hour}
     try:
         watch = subscriptions.checked_watch(kind, value, family)
@@ -130,9 +130,7 @@ def confirm(request: Request, here: Here, token: Token) -> Response:
 def unsubscribe_form(request: Request, here: Here, token: Token) -> Response:
     """A button that ends a digest. Looking ends nothing."""
     found = subscriptions.of_token(here.store, here.key, token)
-    values = {"email": found.email if found else "", "watch": found.watch if found else Watch("feed")}
-    state = "to-end" if found else "ended"
-    return _private(render(request, "subscribed.html.j2", state=state, link=f"/unsubscribe/{token}", **values))
+    return _ended(request, found, "to-end" if found else "ended", f"/unsubscribe/{token}")
 
 
 @router.post("/unsubscribe/{token}")
@@ -148,8 +146,12 @@ def unsubscribe(
         subscriptions.end(here.store, found.id, found.nonce)
     if one_click == "One-Click":
         return PlainTextResponse("unsubscribed\n", headers={"Cache-Control": "no-store"})
-    values = {"email": found.email if found else "", "watch": found.watch if found else Watch("feed")}
-    return _private(render(request, "subscribed.html.j2", state="ended", link="", **values))
+    return _ended(request, found, "ended", "")
+
+
+def _ended(request: Request, found: Subscription | None, state: str, link: str) -> Response:
+    email, watch = (found.email, found.watch) if found else ("", Watch("feed"))
+    return _private(render(request, "subscribed.html.j2", email=email, watch=watch, state=state, link=link))
 
 
 @router.post("/subscriptions/{subscription_id}/end")
@@ -180,7 +182,7 @@ def forget_search(here: Here, reader: Writer, search_id: RowNumber) -> Response:
     return see_other("/subscriptions#searches")
 
 
-@router.post("/feeds/renew")
+@router.post("/subscriptions/renew-feeds")
 def renew_feeds(here: Here, reader: Writer) -> Response:
     """Make the addresses of one's private feeds void, for new ones."""
     addresses.renew(here.store, reader.id)

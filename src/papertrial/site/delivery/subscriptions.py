@@ -19,7 +19,7 @@ from papertrial.feed.delivery_schema import saved_searches, subscriptions
 from papertrial.feed.store import Store, utc_now
 from papertrial.lab.claim import FAMILIES
 from papertrial.site import keys
-from papertrial.site.delivery.periods import Cadence, end_after
+from papertrial.site.delivery.periods import Cadence, end_after, period_ending
 from papertrial.site.errors import Problem
 from papertrial.site.fields import checked_line
 from papertrial.site.people import bounds
@@ -123,7 +123,7 @@ def checked_zone(name: str) -> str:
         if not 1 <= len(name) <= 60:
             raise ValueError(name)
         ZoneInfo(name)
-    except (ValueError, OSError):
+    except (KeyError, ValueError, OSError):  # an unknown zone is a KeyError, a path a ValueError
         raise Problem(
             422, f"timezone: {name[:60]!r} is not a time zone such as Europe/Berlin", field="timezone"
         ) from None
@@ -260,6 +260,9 @@ def confirm(store: Store, token: str) -> Subscription:
         if row["state"] != "active":
             due = end_after(now, row["cadence"], row["timezone"], row["hour"])
             values = {"state": "active", "confirmed": now, "next_due": due, "refusals": 0}
+            if row["covered_to"] is None:
+                # From here on every paper is owed: a first digest that fails leaves its papers to the next one.
+                values["covered_to"] = period_ending(now, row["cadence"], row["timezone"], row["hour"]).ends
             connection.execute(table.update().where(table.c.id == row["id"]).values(**values))
             row = connection.execute(sa.select(table).where(table.c.id == row["id"])).mappings().one()
     return read_row(row)

@@ -1,6 +1,7 @@
 """Where feeds are. Those of a reader's tags are private: their addresses hold a key that nobody can guess.
 
-The key is sealed with the service's own and a nonce of the account; a new nonce makes old addresses void.
+The key is sealed with the service's own and a nonce of the account; a new nonce makes old addresses void. Until the
+first of them is made void an account has no nonce: showing addresses writes nothing.
 """
 
 import secrets
@@ -9,6 +10,7 @@ from urllib.parse import quote, urlencode
 import sqlalchemy as sa
 
 from papertrial.feed.delivery_schema import feed_keys
+from papertrial.feed.people_schema import users
 from papertrial.feed.store import Store
 from papertrial.site import keys
 from papertrial.site.context import Context
@@ -48,9 +50,7 @@ def owner_of(here: Context, feed_key: str) -> int:
     """
     number, _, mac = feed_key.partition(".")
     user_id = int(number) if number.isascii() and number.isdecimal() and len(number) < 19 else 0
-    with here.store.reading() as connection:
-        query = sa.select(feed_keys.c.nonce).where(feed_keys.c.user_id == user_id)
-        nonce = connection.execute(query).scalar()
+    nonce = _nonce(here.store, user_id)
     made = keys.seal(here.key, "feed", f"{user_id}.{nonce}")[:40]
     if nonce is None or not mac.isascii() or not secrets.compare_digest(made, mac):
         raise Problem(404, "there is no feed at this address, or it was made void", field="feed_key")
@@ -64,12 +64,13 @@ def renew(store: Store, user_id: int) -> None:
         insert_new(connection, feed_keys, {"user_id": user_id, "nonce": secrets.token_hex(8)})
 
 
-def _nonce(store: Store, user_id: int) -> str:
-    query = sa.select(feed_keys.c.nonce).where(feed_keys.c.user_id == user_id)
+def _nonce(store: Store, user_id: int) -> str | None:
+    """What is sealed for an account: empty at first; None where there is no such account."""
+    query = (
+        sa.select(sa.func.coalesce(feed_keys.c.nonce, ""))
+        .select_from(users.outerjoin(feed_keys, feed_keys.c.user_id == users.c.id))
+        .where(users.c.id == user_id)
+    )
     with store.reading() as connection:
-        held = connection.execute(query).scalar()
-    if held is None:
-        with store.writing() as connection:
-            insert_new(connection, feed_keys, {"user_id": user_id, "nonce": secrets.token_hex(8)})
-            held = connection.execute(query).scalar_one()
-    return str(held)
+        found = connection.execute(query).scalar()
+    return None if found is None else str(found)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime, parsedate_to_datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Path, Query, Request
@@ -35,7 +35,7 @@ SEARCHED = 300
 
 Form = Annotated[Literal["rss", "atom", "json"], Path(description="rss, atom or json")]
 Family = Annotated[Literal[("", *FAMILIES)], Query(description="only this family")]  # type: ignore[valid-type]
-Answer = {
+Answer: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The feed.",
         "content": {media: {"schema": {"type": "string"}} for media in addresses.MEDIA_TYPES.values()},

@@ -106,6 +106,7 @@ def _run_one(
     from papertrial.lab import runner, summary
     from papertrial.lab.evidence import own_path, write_evidence
     from papertrial.lab.report import write_report
+    from papertrial.lab.verdict import FEWEST_SEEDS
     from papertrial.terminal import LiveProgress, print_json, print_run
 
     if record and (scale == "smoke" or model):
@@ -113,6 +114,8 @@ def _run_one(
             "only the experiment's own model at small, gpu or paper scale can be recorded as reference evidence"
         )
     plan = runner.plan_run(card, scale, model=model, seeds=seeds, device=device, threads=threads, workers=workers)
+    if record and len(plan.seeds) < FEWEST_SEEDS:
+        raise UsageError(f"reference evidence needs at least {FEWEST_SEEDS} seeds, got {len(plan.seeds)}")
     console, notes = _console(), _console(stderr=True)
     again = (
         f"papertrial run {card.slug} --scale {scale}"
@@ -159,6 +162,7 @@ def show(slug: Slug, as_json: Json = False) -> None:
     from papertrial.lab import summary
     from papertrial.lab.catalogue import standing
     from papertrial.lab.claim import find_card
+    from papertrial.lab.digests import takes_model
     from papertrial.lab.evidence import read_evidence
     from papertrial.terminal import print_card, print_json, print_run
 
@@ -190,7 +194,8 @@ def show(slug: Slug, as_json: Json = False) -> None:
     if state.state == "not yet on trial":
         console.print("[dim]not yet on trial: there is no method and experiment for it here[/]")
     else:
-        console.print(f"\nPut it on trial: papertrial run {card.slug}", highlight=False)
+        own_model = " [--model ID|DIR]" if takes_model(card) else ""
+        console.print(f"\nPut it on trial: papertrial run {card.slug}{own_model}", markup=False, highlight=False)
 
 
 @app.command("list")

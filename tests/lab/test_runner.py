@@ -197,6 +197,9 @@ def test_the_command_ends_in_a_table_a_verdict_and_a_report(toy_papers, tmp_path
         (["run", "toy", "--scale", "huge"], "unknown scale 'huge'", 2),
         (["run", "toy", "--seeds", "0"], "--seeds must lie in 1..1000", 2),
         (["run", "toy", "--record", "--scale", "smoke"], "can be recorded", 2),
+        (["run", "toy", "--record", "--seeds", "2"], "needs at least 3 seeds, got 2", 2),
+        (["run", "toy", "--model", "house:prose"], "toy makes its own models; run it without --model", 2),
+        (["list", "--verdict", "guilty"], "unknown verdict 'guilty'", 2),
         (["show", "2101.00001"], "no paper in scope has the arXiv id", 2),
         (["list", "--family", "cooking"], "unknown family 'cooking'", 2),
     ],
@@ -207,6 +210,22 @@ def test_mistakes_are_one_line_with_an_exit_code(toy_papers, tmp_path, arguments
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_show_list_and_check_say_what_there_is(toy_papers, tmp_path):
+    home = tmp_path / "home"
+    assert papertrial("run", "toy", papers=toy_papers, home=home).returncode == 0
+    shown = papertrial("show", "toy", papers=toy_papers, home=home).stdout
+    for part in ("A toy paper about adding one", "Your runs", "upheld", "Limits:", "papertrial run toy"):
+        assert part in shown
+    as_json = json.loads(papertrial("show", "toy", "--json", papers=toy_papers, home=home).stdout)
+    assert as_json["state"] == "incomplete"  # a run of one's own is not reference evidence
+    assert as_json["own_runs"][0]["claims"][0]["verdict"] == "upheld"
+    listed = papertrial("list", "--family", "decoding", "--json", papers=toy_papers, home=home).stdout
+    assert {"toy", "contrastive_search"} <= {row["slug"] for row in json.loads(listed)}
+    checked = papertrial("check", "--json", papers=toy_papers, home=home)
+    assert checked.returncode == 1
+    assert "no evidence at small" in checked.stdout
 
 
 @pytest.fixture

@@ -51,6 +51,13 @@ def read_scales(card: PaperCard) -> dict[str, dict[str, Any]]:
     return _split_scales((card.folder / "experiment.py").read_text(encoding="utf-8"), card.slug)[0]
 
 
+def takes_model(card: PaperCard) -> bool:
+    """Whether a paper's experiment runs on a checkpoint of the user's choice: it asks its trial for one."""
+    tree = ast.parse((card.folder / "experiment.py").read_text(encoding="utf-8"))
+    asked = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return not asked.isdisjoint({"checkpoint", "requested_model"})
+
+
 def _split_scales(source: str, slug: str) -> tuple[dict[str, dict[str, Any]], str]:
     for node in ast.parse(source).body:
         target = (

@@ -24,7 +24,7 @@ from papertrial import __version__
 from papertrial.errors import PapertrialError, UsageError
 from papertrial.home import home
 from papertrial.lab.claim import SCALES, PaperCard
-from papertrial.lab.digests import changed_modules, digest, module_digests, paper_digest, read_scales
+from papertrial.lab.digests import changed_modules, digest, module_digests, paper_digest, read_scales, takes_model
 from papertrial.lab.evidence import Environment, Evidence, TrialRecord, write_atomically
 from papertrial.lab.trial import PreconditionFailed, ProgressListener, Trial, trial_parameters
 
@@ -82,10 +82,13 @@ def plan_run(
     Raises
     ------
     UsageError
-        On an unknown scale, a paper that is not on trial, a bad number of seeds, or a device that is not there.
+        On an unknown scale, a paper that is not on trial, a model where the experiment takes none, a bad number of
+        seeds, or a device that is not there.
     """
     if scale not in SCALES:
         raise UsageError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
+    if model is not None and card.on_trial and not takes_model(card):
+        raise UsageError(f"{card.slug} makes its own models; run it without --model")
     own_seeds, parameters = trial_parameters(card.slug, read_scales(card), scale)
     if seeds is not None and not 1 <= seeds <= 1000:
         raise UsageError(f"--seeds must lie in 1..1000, got {seeds}")

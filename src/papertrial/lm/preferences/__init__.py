@@ -16,7 +16,7 @@ from papertrial.lm.preferences.evaluation import (
     evaluate_policy,
     frontier,
 )
-from papertrial.lm.preferences.objectives import DPO, Objective, PreferenceLoss, check_totals, dpo_loss
+from papertrial.lm.preferences.objectives import DPO, Objective, PreferenceLoss, check_beta, check_totals, dpo_loss
 from papertrial.lm.preferences.pairs import (
     PairBatches,
     PreferenceBatch,
@@ -27,7 +27,8 @@ from papertrial.lm.preferences.pairs import (
     read_pairs,
 )
 from papertrial.lm.preferences.reference import Reference
-from papertrial.lm.preferences.stats import TokenStats, token_kl, token_log_ratio, token_stats
+from papertrial.lm.preferences.sampling import pairs_from_samples
+from papertrial.lm.preferences.stats import TokenStats, cache_reference, token_kl, token_log_ratio, token_stats
 from papertrial.lm.preferences.trainer import PreferenceTrainer
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "TokenStats",
     "as_pairs",
     "at_matched",
+    "cache_reference",
+    "check_beta",
     "check_totals",
     "collate",
     "dpo_loss",
@@ -51,6 +54,7 @@ __all__ = [
     "evaluate_policy",
     "frontier",
     "pair_batches",
+    "pairs_from_samples",
     "read_pairs",
     "token_kl",
     "token_log_ratio",

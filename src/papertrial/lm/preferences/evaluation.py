@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from papertrial.lm.preferences.pairs import PreferenceBatch, PreferencePair, col
 from papertrial.lm.preferences.reference import Reference
 from papertrial.lm.preferences.stats import token_stats
 from papertrial.lm.scoring import LOGITS_AT_ONCE
+
+_COLUMNS: tuple[Literal["kl", "reverse_kl", "entropy"], ...] = ("kl", "reverse_kl", "entropy")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def evaluate_policy(
     generator: torch.Generator,
     num_samples: int = 1,
     eos_token_id: int | Sequence[int] | None = None,
+    batch_size: int = 256,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> PolicyReport:
     """Sample answers at temperature 1 and measure them.
@@ -76,7 +80,16 @@ def evaluate_policy(
         Functions of the samples to one number (N,) each, N = P * num_samples.
     generator
         Draws the samples; equal generators give different policies the same uniform numbers.
+    batch_size
+        Samples measured at a time; they are drawn all at once.
+
+    Raises
+    ------
+    ValueError
+        Prompts padded on the right, a reward that is not one number a sample, more positions than the model has.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     drawn = sample(
         model,
         prompt_ids,
@@ -87,16 +100,18 @@ def evaluate_policy(
         eos_token_id=eos_token_id,
     )
     labels = torch.cat([torch.full_like(drawn.prompt_ids, IGNORED), drawn.tokens.masked_fill(~drawn.mask, IGNORED)], 1)
-    batch = PreferenceBatch(drawn.sequences, drawn.attention_mask, labels)
+    rows = (values.split(batch_size) for values in (drawn.sequences, drawn.attention_mask, labels))
+    totals = []
     with evaluating(model):
-        stats = token_stats(
-            model, reference, batch, want=("kl", "reverse_kl", "entropy"), logits_at_once=logits_at_once
-        )
+        for batch in map(PreferenceBatch, *rows):
+            stats = token_stats(model, reference, batch, want=_COLUMNS, logits_at_once=logits_at_once)
+            totals.append(torch.stack([stats.total(name).double() for name in _COLUMNS]))
+    forward_kl, reverse_kl, entropy = torch.cat(totals, 1).sum(1).tolist()
     return PolicyReport(
         reward=_mean("reward", reward, drawn),
-        reverse_kl=float(stats.total("reverse_kl").mean()),
-        forward_kl=float(stats.total("kl").mean()),
-        entropy=float(stats.total("entropy").sum() / stats.mask.sum()),
+        reverse_kl=reverse_kl / len(drawn.mask),
+        forward_kl=forward_kl / len(drawn.mask),
+        entropy=entropy / int(drawn.mask.sum()),
         valid=None if valid is None else _mean("valid", valid, drawn),
         generation=drawn,
     )
@@ -126,6 +141,8 @@ class PairReport:
         Implicit reward of the chosen minus that of the rejected answer.
     chosen_kl, rejected_kl
         Sequential forward KL(reference || policy) along the answers, nats per answer.
+    kl_gap
+        How far those two lie apart within a pair, absolute. Their means may agree where single pairs do not.
     """
 
     loss: float
@@ -133,6 +150,7 @@ class PairReport:
     margin: float
     chosen_kl: float
     rejected_kl: float
+    kl_gap: float
 
 
 @torch.no_grad()
@@ -146,7 +164,13 @@ def evaluate_pairs(
     pad_id: int = 0,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> PairReport:
-    """A policy on pairs that it was not trained on; everything in evaluation mode."""
+    """A policy on pairs that it was not trained on; everything in evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        No pairs, or NaN logits.
+    """
     if len(pairs) == 0:
         raise ValueError("pairs is empty: give at least one")
     columns: list[Tensor] = []
@@ -160,9 +184,8 @@ def evaluate_pairs(
             chosen, rejected = stats.halves()
             values = objective(chosen, rejected)
             gap = values.chosen_reward - values.rejected_reward
-            columns.append(
-                torch.stack([values.loss, (gap > 0).float(), gap, chosen.total("kl"), rejected.total("kl")]).double()
-            )
+            kls = chosen.total("kl"), rejected.total("kl")
+            columns.append(torch.stack([values.loss, (gap > 0).float(), gap, *kls, (kls[0] - kls[1]).abs()]).double())
     return PairReport(*torch.cat(columns, 1).mean(1).tolist())
 
 

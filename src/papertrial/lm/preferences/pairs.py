@@ -14,6 +14,9 @@ from papertrial.lm.losses import IGNORED
 
 LARGEST_LINE = 4 * 2**20  # characters of one JSON line: far above any context window, far below memory
 
+CACHED = "ref_logps"
+"""The extra that ``cache_reference`` writes: log-probabilities of the answer tokens under the reference."""
+
 
 def _ids(name: str, values: Sequence[int] | Tensor) -> Tensor:
     if isinstance(values, str):
@@ -28,7 +31,7 @@ def _ids(name: str, values: Sequence[int] | Tensor) -> Tensor:
     return ids.long()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreferencePair:
     """A prompt with a preferred and a rejected answer.
 
@@ -77,19 +80,22 @@ class PreferencePair:
         Parameters
         ----------
         prompt
-            Text, tokenised with the special tokens that the family puts in front; or chat messages
+            Text, tokenised with the special tokens that the family puts in front (but none behind); or chat messages
             (``{"role", "content"}``), rendered by the tokenizer's chat template up to the assistant's turn.
         end
             Append the end token to both answers.
         """
+        ids: list[int]
         if isinstance(prompt, str):
-            ids = tokenizer(prompt)["input_ids"]
+            ids = list(cast(Any, tokenizer(prompt)["input_ids"]))
+            plain = list(cast(Any, tokenizer(prompt, add_special_tokens=False)["input_ids"]))
+            if ids[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id]:
+                ids.pop()  # an answer that follows the end of a text is not what any model learned
             if not ids and tokenizer.bos_token_id is not None:
                 ids = [tokenizer.bos_token_id]
         else:
-            ids = tokenizer.apply_chat_template(
-                [dict(turn) for turn in prompt], add_generation_prompt=True, return_dict=False
-            )
+            turns = [dict(turn) for turn in prompt]
+            ids = cast(Any, tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
         tail = [tokenizer.eos_token_id] if end else []
         if end and tokenizer.eos_token_id is None:
             raise ValueError("end=True, and the tokenizer has no end-of-sequence token: give end=False")
@@ -178,7 +184,7 @@ def read_pairs(path: Path | str, tokenizer: PreTrainedTokenizerBase) -> list[Pre
     return pairs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreferenceBatch:
     """B pairs as 2B rows, the chosen answers first, padded on the right to one length S.
 
@@ -221,6 +227,8 @@ def collate(pairs: Sequence[PreferencePair], pad_id: int = 0) -> PreferenceBatch
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED)
     names = sorted({name for _, _, extras in rows for name in extras})
+    if CACHED in names and not all(CACHED in extras for _, _, extras in rows):
+        raise ValueError(f"some answers of the batch have {CACHED!r} and some do not: pass all through cache_reference")
     extras = {name: torch.zeros(len(rows), length - 1) for name in names}
     for row, (prompt, answer, values) in enumerate(rows):
         start, stop = len(prompt), len(prompt) + len(answer)
@@ -256,5 +264,5 @@ class PairBatches:
 def pair_batches(
     pairs: Sequence[PreferencePair], batch_size: int, *, generator: torch.Generator, pad_id: int = 0
 ) -> PairBatches:
-    """Endless batches of ``batch_size`` pairs, in an order from ``generator``; each comes once before one comes again."""
+    """Endless batches of ``batch_size`` pairs in an order from ``generator``: each once, then each once again ..."""
     return PairBatches(pairs, batch_size, generator, pad_id)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from papertrial.lm.anatomy import unwrap
+from papertrial.lm.anatomy import device_of, unwrap
 from papertrial.lm.generation import evaluating
 
 
@@ -29,8 +29,8 @@ class Reference:
     policy
         The model to be trained.
     ref_model
-        The reference; it is frozen here (evaluation mode, ``requires_grad`` off). None takes the policy as it is now:
-        a peft model with its adapter switched off, of any other model a deep copy.
+        The reference; it is used as it is and not changed, so that several policies may share it. None takes the
+        policy as it is now: a peft model with its adapter switched off, of any other model a deep copy.
 
     Raises
     ------
@@ -40,11 +40,12 @@ class Reference:
 
     def __init__(self, policy: nn.Module, ref_model: nn.Module | None = None) -> None:
         self._adapted: nn.Module | None = None
+        self._own = ref_model is None
         if ref_model is None and hasattr(policy, "disable_adapter"):
             self._adapted = policy
             return
         if ref_model is None:
-            ref_model = copy.deepcopy(policy)
+            ref_model = copy.deepcopy(policy).requires_grad_(False)
         mine = _storages(policy)
         for place, name in _storages(ref_model).items():
             if place in mine:
@@ -55,7 +56,12 @@ class Reference:
         sizes = [unwrap(model).config.get_text_config().vocab_size for model in (policy, ref_model)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"the policy has a vocabulary of {sizes[0]} and ref_model one of {sizes[1]}")
-        self._model: nn.Module = ref_model.requires_grad_(False).eval()
+        self._model: nn.Module = ref_model
+
+    def follow(self, policy: nn.Module) -> None:
+        """Move a copy made here to the policy's device; a model that was given stays where its owner put it."""
+        if self._own and self._adapted is None and device_of(self._model) != device_of(policy):
+            self._model.to(device_of(policy))
 
     @property
     def adapter_off(self) -> bool:
@@ -64,10 +70,11 @@ class Reference:
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
-        """The reference model, inside a block without gradients."""
+        """The reference model in evaluation mode, inside a block without gradients."""
         with torch.no_grad():
             if self._adapted is None:
-                yield self._model
+                with evaluating(self._model):
+                    yield self._model
                 return
             with evaluating(self._adapted), cast(Any, self._adapted).disable_adapter():
                 yield self._adapted

@@ -4,7 +4,7 @@ One home for the shift (logits at t predict the label at t + 1), for float32, an
 vocabulary in pieces.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from papertrial.lm.anatomy import body, read_out, unwrap
+from papertrial.lm.anatomy import body, device_of, read_out, unwrap
 from papertrial.lm.losses import IGNORED
-from papertrial.lm.preferences.pairs import PreferenceBatch
+from papertrial.lm.preferences.pairs import CACHED, PreferenceBatch, PreferencePair, collate
 from papertrial.lm.preferences.reference import Reference
-from papertrial.lm.scoring import LOGITS_AT_ONCE
+from papertrial.lm.scoring import LOGITS_AT_ONCE, token_log_probs
 from papertrial.lm.scoring.forward import chunks, forward_inputs, states_and_head, stock_forward
 
 WANTS = ("kl", "reverse_kl", "entropy", "hidden")
+NEEDS_REFERENCE = frozenset({"kl", "reverse_kl", "hidden"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenStats:
     """Per answer token, aligned with ``input_ids[:, 1:]``; (N, S - 1) float32 in nats, zero where ``mask`` is false.
 
@@ -93,7 +94,7 @@ class TokenStats:
 def _log_softmax(name: str, logits: Tensor) -> Tensor:
     logits = logits if logits.dtype == torch.float64 else logits.float()
     log_probs = logits.log_softmax(-1)
-    if bool(log_probs.detach().isnan().any()):
+    if bool(log_probs[..., 0].detach().isnan().any()):  # one NaN or +inf among the logits makes its whole row NaN
         raise ValueError(f"{name} logits hold NaN or +inf: the model is broken, or its last update was too large")
     return log_probs
 
@@ -112,8 +113,9 @@ def _aligned(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> tuple
             "both models need the same tokenizer and vocabulary"
         )
     if policy_logits.ndim != 3 or policy_logits.shape[:2] != labels.shape:
-        raise ValueError(f"logits must be (N, S, V) for labels (N, S), got {tuple(policy_logits.shape)} and "
-                         f"{tuple(labels.shape)}")  # fmt: skip
+        raise ValueError(
+            f"logits must be (N, S, V) for labels (N, S), got {tuple(policy_logits.shape)} and {tuple(labels.shape)}"
+        )
     targets = labels[:, 1:]
     mask = _answer_mask(labels)
     # masked places may hold anything, so only the others are looked at
@@ -177,7 +179,7 @@ def token_kl(
 
 def token_stats(
     model: nn.Module,
-    reference: Reference,
+    reference: Reference | None,
     batch: PreferenceBatch,
     *,
     want: Collection[str] = (),
@@ -194,7 +196,8 @@ def token_stats(
     model
         The policy, possibly wrapped for distributed training or by peft.
     reference
-        See :class:`Reference`.
+        See :class:`Reference`; it may lie on another device. None takes its log-probabilities from the batch, where
+        :func:`cache_reference` put them.
     batch
         Padded on either side; any rows with labels, not only pairs.
     want
@@ -205,57 +208,122 @@ def token_stats(
     Raises
     ------
     ValueError
-        An unknown want, vocabularies that differ, a row without an answer, NaN logits, too many positions.
+        An unknown want, one that needs the reference where there is none, vocabularies that differ, a row without an
+        answer, NaN logits, too many positions.
     """
-    unknown = set(want) - set(WANTS)
-    if unknown:
-        raise ValueError(f"want holds {', '.join(sorted(unknown))}; known: {', '.join(WANTS)}")
+    _check_want(want, reference, batch)
     inputs, ids, _ = forward_inputs(model, batch.input_ids, batch.attention_mask)
     mask = _answer_mask(batch.labels.to(ids.device))
-    with reference.active() as ref:
-        ref_states, hidden = _reference_states(ref, dict(inputs), "hidden" in want)
-    theirs = ref_states[:, :-1][mask]
+    targets = ids[:, 1:][mask]
+    theirs, hidden = None, None
+    if reference is not None:
+        theirs, hidden = _reference_states(reference, inputs, mask, "hidden" in want)
     states, head = states_and_head(model, inputs)
     columns = [name for name in ("kl", "reverse_kl", "entropy") if name in want]
 
     def terms(ours: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        with reference.active() as ref:
-            ref_logits = read_out(ref, theirs[rows]) if stock_forward(ref) else theirs[rows]
+        ref_logits = None
+        if reference is not None and theirs is not None:
+            ref_logits = _reference_logits(reference, theirs[rows.to(theirs.device)]).to(ours.device)
         return _terms(head(ours), ref_logits, targets[rows], columns)
 
-    targets = ids[:, 1:][mask]
     vocabulary = unwrap(model).config.get_text_config().vocab_size
     rows = torch.arange(len(targets), device=ids.device)
     pieces = list(chunks(states[:, :-1][mask], rows, vocabulary, logits_at_once))
     again = len(pieces) > 1 and torch.is_grad_enabled() and states.requires_grad
     parts = [cast(Any, checkpoint(terms, *piece, use_reentrant=False)) if again else terms(*piece) for piece in pieces]
     empty = torch.zeros(mask.shape, device=ids.device)
-    logps, ref_logps, *found = (empty.masked_scatter(mask, torch.cat(column)) for column in zip(*parts, strict=True))
-    if hidden is not None:
-        hidden = tuple(layer[:, :-1] for layer in hidden)
+    logps, *found = (empty.masked_scatter(mask, torch.cat(column)) for column in zip(*parts, strict=True))
     extras = {name: values.to(ids.device) for name, values in batch.extras.items()}
+    ref_logps = extras.pop(CACHED, None)
+    if reference is not None:
+        ref_logps, *found = found
     return TokenStats(mask, logps, ref_logps, hidden=hidden, extras=extras, **dict(zip(columns, found, strict=True)))  # type: ignore[arg-type]
 
 
+def cache_reference(
+    pairs: Sequence[PreferencePair],
+    reference: Reference,
+    *,
+    batch_size: int = 64,
+    pad_id: int = 0,
+    logits_at_once: int = LOGITS_AT_ONCE,
+) -> list[PreferencePair]:
+    """The pairs with the reference's log-probabilities of their answer tokens, as the extra ``ref_logps``.
+
+    With them, objectives that need no more of the reference train without running it: see ``token_stats`` with
+    ``reference=None``. They hold for this reference and these tokens only.
+    """
+    done = []
+    for start in range(0, len(pairs), batch_size):
+        some = pairs[start : start + batch_size]
+        batch = collate(some, pad_id)
+        with reference.active() as ref:
+            scores = token_log_probs(
+                cast(Any, ref), batch.input_ids, batch.attention_mask, logits_at_once=logits_at_once
+            )
+        rows = [values[keep] for values, keep in zip(scores.cpu(), _answer_mask(batch.labels), strict=True)]
+        for pair, chosen, rejected in zip(some, rows[: len(some)], rows[len(some) :], strict=True):
+            done.append(
+                replace(
+                    pair,
+                    chosen_extras={**pair.chosen_extras, CACHED: chosen},
+                    rejected_extras={**pair.rejected_extras, CACHED: rejected},
+                )
+            )
+    return done
+
+
+def _check_want(want: Collection[str], reference: Reference | None, batch: PreferenceBatch) -> None:
+    unknown = set(want) - set(WANTS)
+    if unknown:
+        raise ValueError(f"want holds {', '.join(sorted(unknown))}; known: {', '.join(WANTS)}")
+    if reference is not None:
+        return
+    if needs := sorted(NEEDS_REFERENCE.intersection(want)):
+        raise ValueError(f"{', '.join(needs)} cannot be had from cached log-probabilities: give a reference")
+    if CACHED not in batch.extras:
+        raise ValueError(f"reference is None and the batch has no {CACHED!r}: pass its pairs through cache_reference")
+
+
 def _reference_states(
-    ref: nn.Module, inputs: dict[str, Any], keep_hidden: bool
+    reference: Reference, inputs: dict[str, Any], mask: Tensor, keep_hidden: bool
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """Final states (N, S, D), or logits where the way from one to the other is not known; and the layers' states."""
-    if not keep_hidden:
-        return states_and_head(ref, inputs)[0], None
-    if stock_forward(ref):
-        output = body(ref)(**inputs, output_hidden_states=True)
-        return output.last_hidden_state, output.hidden_states[1:]  # the first is the embedding
-    output = ref(**inputs, output_hidden_states=True)
-    return output.logits, output.hidden_states[1:]
+    """What precedes the answer tokens, (n, D) final states, or (n, V) logits where the way between them is not known,
+    on the reference's device; and the layers' states (N, S - 1, D) on that of the inputs.
+    """
+    with reference.active() as ref:
+        device = device_of(ref)
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        hidden = None
+        if not keep_hidden:
+            states = states_and_head(ref, moved)[0]
+        else:
+            stock = stock_forward(ref)
+            output = (body(ref) if stock else ref)(**moved, output_hidden_states=True)
+            states = output.last_hidden_state if stock else output.logits
+            # the first is the embedding
+            hidden = tuple(layer[:, :-1].to(mask.device) for layer in output.hidden_states[1:])
+    return states[:, :-1][mask.to(states.device)], hidden
 
 
-def _terms(logits: Tensor, ref_logits: Tensor, targets: Tensor, columns: list[str]) -> tuple[Tensor, ...]:
-    """log p of the targets under policy and reference, then the columns; each (n,)."""
-    if logits.shape != ref_logits.shape:
-        raise ValueError(f"the policy gives {logits.shape[-1]} logits a token and the reference {ref_logits.shape[-1]}")
-    ours, theirs = _log_softmax("policy", logits), _log_softmax("reference", ref_logits)
-    values = [log_probs.gather(-1, targets[:, None])[:, 0] for log_probs in (ours, theirs)]
+def _reference_logits(reference: Reference, states: Tensor) -> Tensor:
+    with reference.active() as ref:
+        return read_out(ref, states) if stock_forward(ref) else states
+
+
+def _terms(logits: Tensor, ref_logits: Tensor | None, targets: Tensor, columns: list[str]) -> tuple[Tensor, ...]:
+    """log p of the targets under the policy and, if there is one, the reference, then the columns; each (n,)."""
+    ours = _log_softmax("policy", logits)
+    values = [ours.gather(-1, targets[:, None])[:, 0]]
+    theirs = ours
+    if ref_logits is not None:
+        if logits.shape != ref_logits.shape:
+            raise ValueError(
+                f"the policy gives {logits.shape[-1]} logits a token and the reference {ref_logits.shape[-1]}"
+            )
+        theirs = _log_softmax("reference", ref_logits)
+        values.append(theirs.gather(-1, targets[:, None])[:, 0])
     for column in columns:
         if column == "kl":
             values.append(_divergence(theirs, ours))

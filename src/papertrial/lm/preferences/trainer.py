@@ -11,9 +11,9 @@ from papertrial.lm.anatomy import unwrap
 from papertrial.lm.losses import Batch, Loss
 from papertrial.lm.preferences.evaluation import PairReport, evaluate_pairs
 from papertrial.lm.preferences.objectives import Objective
-from papertrial.lm.preferences.pairs import PreferencePair, as_pairs, pair_batches
+from papertrial.lm.preferences.pairs import CACHED, PreferencePair, as_pairs, pair_batches
 from papertrial.lm.preferences.reference import Reference
-from papertrial.lm.preferences.stats import token_stats
+from papertrial.lm.preferences.stats import NEEDS_REFERENCE, cache_reference, token_stats
 from papertrial.lm.scoring import LOGITS_AT_ONCE
 from papertrial.lm.training import OptimizerFactory, TrainingReport, train
 
@@ -53,8 +53,14 @@ class PreferenceTrainer:
         self.logits_at_once = logits_at_once
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """The objective of a ``PreferenceBatch``, summed over its pairs, as ``training.train`` takes it."""
-        stats = token_stats(model, self.reference, batch, want=self.objective.wants, logits_at_once=self.logits_at_once)
+        """The objective of a ``PreferenceBatch``, summed over its pairs, as ``training.train`` takes it.
+
+        Pairs that went through ``cache_reference`` do not run the reference where the objective can do without.
+        """
+        self.reference.follow(model)  # training over several processes places the policy itself
+        cached = CACHED in batch.extras and not NEEDS_REFERENCE.intersection(self.objective.wants)
+        reference = None if cached else self.reference
+        stats = token_stats(model, reference, batch, want=self.objective.wants, logits_at_once=self.logits_at_once)
         chosen, rejected = stats.halves()
         values = self.objective(chosen, rejected)
         parts = {
@@ -76,6 +82,7 @@ class PreferenceTrainer:
         generator: torch.Generator,
         clip_norm: float | None = 10.0,
         dropout: bool = False,
+        cache_reference: bool = False,
         **loop: Any,
     ) -> TrainingReport:
         """Train the policy for ``steps`` batches of ``batch_size`` pairs.
@@ -93,6 +100,9 @@ class PreferenceTrainer:
             10, as the reference implementations of DPO and its successors have it.
         dropout
             Off by default, as there: dropout would count as divergence from the reference.
+        cache_reference
+            Run the reference once over all pairs beforehand and not at all while training; pays from the second epoch
+            on, for objectives that need no more of it than the log-probability of the answers (DPO).
         **loop
             Everything else of ``training.train``: schedule, accumulate, precision, on_step, checkpoint ...
 
@@ -104,9 +114,14 @@ class PreferenceTrainer:
         Raises
         ------
         ValueError
-            No trainable parameter, one in half precision (small updates would be lost), no pairs.
+            No trainable parameter, one in half precision (small updates would be lost), no pairs; an objective that
+            cannot do with cached log-probabilities, or that has parameters while there are several processes.
         """
         rows = as_pairs(pairs, self.tokenizer)
+        if cache_reference:
+            if needs := sorted(NEEDS_REFERENCE.intersection(self.objective.wants)):
+                raise ValueError(f"cache_reference=True, and the objective needs the reference for {', '.join(needs)}")
+            rows = self._cached(rows)
         policy = [p for p in self.model.parameters() if p.requires_grad]
         if not policy:
             raise ValueError("model has no trainable parameter; set requires_grad on what is to be trained")
@@ -118,6 +133,8 @@ class PreferenceTrainer:
             )
         keep = dict(loop.pop("keep", None) or {})
         if isinstance(self.objective, nn.Module):
+            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                raise ValueError("an objective with parameters of its own is trained by one process only")
             self.objective.to(policy[0].device).train()
             policy += [p for p in self.objective.parameters() if p.requires_grad]
             keep["objective"] = self.objective
@@ -137,6 +154,9 @@ class PreferenceTrainer:
         if isinstance(self.objective, nn.Module):
             self.objective.eval()
         return report
+
+    def _cached(self, rows: list[PreferencePair]) -> list[PreferencePair]:
+        return cache_reference(rows, self.reference, pad_id=self._pad_id(), logits_at_once=self.logits_at_once)
 
     def evaluate(self, pairs: Pairs, *, batch_size: int = 64) -> PairReport:
         """The policy on held-out pairs, see :func:`evaluate_pairs`."""

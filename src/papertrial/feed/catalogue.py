@@ -4,11 +4,12 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from papertrial.errors import PapertrialError
 from papertrial.feed.lexical import Document, Filters
 from papertrial.feed.records import Paper
-from papertrial.feed.search import IndexBusy, Mode, Notice, SearchIndex, SearchResult
+from papertrial.feed.search import Encoder, IndexBusy, Mode, Notice, SearchIndex, SearchResult
 from papertrial.feed.store import Store
 from papertrial.home import home
 
@@ -71,7 +72,7 @@ class Catalogue:
 
     def __init__(self, database: str | None = None) -> None:
         self.store = Store.open(database)
-        self.index = SearchIndex(index_folder(database))
+        self.index = open_index(self.store, database)
 
     def prepare(self, on_progress: Callable[[int], None] | None = None) -> Notice | None:
         """Take in papers in scope that are new or changed, and update the index; quick when nothing changed.
@@ -120,6 +121,17 @@ class Catalogue:
             stamp.write_text(total.hexdigest(), encoding="utf-8")
         except OSError as error:
             raise PapertrialError(f"cannot write {stamp}: {error.strerror or error}") from None
+
+
+def open_index(
+    store: Store, database: str | None = None, encoder: Encoder | Literal["auto"] | None = "auto"
+) -> SearchIndex:
+    """The search index of a database: in a folder of this machine, but the vectors in PostgreSQL where that is used."""
+    if store.engine.url.get_backend_name() != "postgresql":
+        return SearchIndex(index_folder(database), encoder)
+    from papertrial.feed.dense_shared import SharedVectors
+
+    return SearchIndex(index_folder(database), encoder, vectors=SharedVectors(store.engine))
 
 
 def index_folder(database: str | None = None) -> Path:

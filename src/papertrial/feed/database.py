@@ -4,6 +4,7 @@ Opening is quick: the migration library is imported only where the schema is not
 """
 
 import errno
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from papertrial.home import home
 #: Seconds that a SQLite connection waits for another writer.
 BUSY_SECONDS = 30.0
 MIGRATIONS = Path(__file__).resolve().parent / "migrations"
+_EXTENSION = "vector"
 
 
 def default_url() -> str:
@@ -133,8 +135,23 @@ def _upgrade(engine: sa.Engine, at: str | None) -> None:
     with engine.connect().execution_options(writing=True) as connection, connection.begin():
         if engine.url.get_backend_name() == "postgresql":
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(7036874417766)"))
+            _check_postgresql(connection)
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def _check_postgresql(connection: sa.Connection) -> None:
+    """Refuse a server that is too old, or that lacks the extension for vectors."""
+    version = connection.dialect.server_version_info or (0,)
+    if version < (15,):
+        raise PapertrialError(f"PostgreSQL 15 or newer is needed; this server is {'.'.join(map(str, version))}")
+    query = "SELECT coalesce(installed_version, default_version) FROM pg_available_extensions WHERE name = :name"
+    found = connection.execute(sa.text(query), {"name": _EXTENSION}).scalar()
+    if found is None or tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < (0, 8):
+        raise PapertrialError(
+            f"the PostgreSQL server needs the extension pgvector 0.8 or newer and has {found or 'none'}; "
+            "install it there (for Debian's PostgreSQL 17 the package is postgresql-17-pgvector)"
+        )
 
 
 def _shown(url: sa.URL) -> str:
@@ -158,6 +175,7 @@ def _explanation(message: str, url: sa.URL) -> str:
         "disk is full": "the disk is full; nothing of this batch was stored, what was there before is safe",
         "No space left": "the disk is full; nothing of this batch was stored, what was there before is safe",
         "disk I/O error": "the disk reports an input/output error (full, or failing)",
+        "permission denied to create extension": "a superuser has to run CREATE EXTENSION vector in it once",
         "is locked": f"another process has been writing for more than {BUSY_SECONDS:.0f} seconds; try again",
         "readonly": "it is read-only for this user",
         "read-only": "it is read-only for this user",

@@ -9,9 +9,10 @@ Which files make up the store is said by a :class:`SegmentState` list that the c
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -266,8 +267,8 @@ class DenseStore:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.dimensions, self.exact_rows = folder, dimensions, exact_rows
 
-    def open(self, states: Iterable[SegmentState]) -> DenseSnapshot:
-        """The segments of a commit.
+    def open(self, states: Iterable[SegmentState], encoder: str | None = None) -> DenseSnapshot:
+        """The segments of a commit; files are of one encoder, and the caller knows which.
 
         Raises
         ------
@@ -299,7 +300,13 @@ class DenseStore:
         return Segment(state, rows, codes, dead, graph_path)
 
     def advance(
-        self, snapshot: DenseSnapshot, rows: NDArray[Any], codes: NDArray[np.int8], removed: Iterable[int], tag: str
+        self,
+        snapshot: DenseSnapshot,
+        rows: NDArray[Any],
+        codes: NDArray[np.int8],
+        removed: Iterable[int],
+        tag: str,
+        encoder: str | None = None,
     ) -> list[SegmentState]:
         """Write what turns the snapshot into the next commit; nothing counts until the caller records the result.
 
@@ -313,6 +320,8 @@ class DenseStore:
             Keys that go; keys without a row are no error.
         tag : str
             Part of every new file's name: never the same for two commits.
+        encoder : str, optional
+            What made the vectors; not recorded here.
 
         Returns
         -------
@@ -389,8 +398,11 @@ class DenseStore:
         graph.save(str(path))
         _sync_file(path)
 
-    def clean(self, states: Iterable[SegmentState]) -> None:
-        """Remove every file that the commit does not name; readers that have them open keep them."""
+    def clean(self, states: Sequence[SegmentState]) -> None:
+        """Remove every file that the commit does not name, and list those that it names in ``segments.json``.
+
+        Readers that have a removed file open keep it.
+        """
         named: set[str] = set()
         for state in states:
             named |= {f"{state.name}.rows.npy", f"{state.name}.codes.npy", f"{state.name}.usearch"}
@@ -399,6 +411,8 @@ class DenseStore:
         for path in self.folder.iterdir():
             if path.name not in named:
                 path.unlink(missing_ok=True)
+        listed = json.dumps([asdict(state) for state in states])
+        (self.folder / "segments.json").write_text(listed, encoding="utf-8")
 
 
 def _merge_plan(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -35,6 +35,9 @@ from papertrial.feed.lexical import (
     LexicalSnapshot,
     normal_arxiv_id,
 )
+
+if TYPE_CHECKING:
+    from papertrial.feed.dense_shared import SharedSnapshot, SharedVectors
 
 __all__ = ["Document", "Filters", "Hit", "Notice", "SearchIndex", "SearchResult", "fuse"]
 
@@ -106,7 +109,7 @@ class _View:
     """One committed state, opened."""
 
     lexical: LexicalSnapshot
-    dense: DenseSnapshot
+    dense: "DenseSnapshot | SharedSnapshot"
     revision: int
     encoder: str | None
     stamp: tuple[int, int]
@@ -158,16 +161,24 @@ class SearchIndex:
         "auto" starts the sentence encoder when it is first needed, if it is installed; None does without.
     exact_rows : int, optional
         Vectors up to which a segment is scanned whole instead of through a graph.
+    vectors : SharedVectors, optional
+        Where vectors are kept that several machines share, instead of in the folder.
     """
 
     def __init__(
-        self, folder: Path, encoder: Encoder | Literal["auto"] | None = "auto", *, exact_rows: int | None = None
+        self,
+        folder: Path,
+        encoder: Encoder | Literal["auto"] | None = "auto",
+        *,
+        exact_rows: int | None = None,
+        vectors: "SharedVectors | None" = None,
     ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._given = encoder
         self._unavailable: str | None = "the index was opened without a sentence encoder" if encoder is None else None
         self._store_options = {} if exact_rows is None else {"exact_rows": exact_rows}
+        self._shared = vectors
         self._write_lock = FileLock(self.folder / "writing.lock")
         self._forget_changes()
         self._open()
@@ -216,7 +227,9 @@ class SearchIndex:
         (root / "lexical").mkdir(parents=True, exist_ok=True)
         with _damage():
             self._lexical = LexicalIndex(root / "lexical")
-        self._dense = DenseStore(root / "dense", encoders.DIMENSIONS, **self._store_options)
+        self._dense: DenseStore | SharedVectors = self._shared or DenseStore(
+            root / "dense", encoders.DIMENSIONS, **self._store_options
+        )
 
     def _stamp(self) -> tuple[int, int]:
         status = (self.folder / "index" / "lexical" / "meta.json").stat()
@@ -238,7 +251,7 @@ class SearchIndex:
                     raise ValueError(f"index format {state['format']}")
                 segments = [SegmentState(**segment) for segment in state["segments"]]
                 try:
-                    dense = self._dense.open(segments)
+                    dense = self._dense.open(segments, state["encoder"])
                 except FileNotFoundError:
                     if self._stamp() != stamp:
                         continue  # another process committed and cleaned up in between
@@ -346,7 +359,8 @@ class SearchIndex:
             with contextlib.suppress(OSError, ValueError, TypeError, DenseCorrupt):
                 states = json.loads((folder / "segments.json").read_text(encoding="utf-8"))
                 store = DenseStore(folder, encoders.DIMENSIONS)
-                known |= store.open(SegmentState(**state) for state in states).known(keys, digests)
+                segments = [SegmentState(**state) for state in states]
+                known |= store.open(segments, None).known(keys, digests)
         return known
 
     def _drop_vectors(self, keys: Iterable[int]) -> None:
@@ -383,23 +397,23 @@ class SearchIndex:
         encoder = self._encoder()
         name = view.encoder if encoder is None else encoder.name
         foreign = view.encoder is not None and name != view.encoder
-        base = DenseSnapshot([]) if self._cleared or foreign else view.dense
+        base = self._dense.open([], name) if self._cleared or foreign else view.dense
         rows = np.concatenate(self._rows) if self._rows else describe([], [])
         codes = np.concatenate(self._codes) if self._codes else np.empty((0, encoders.DIMENSIONS), dtype=np.int8)
         if len(self._place) != len(rows):
             places = np.fromiter(self._place.values(), dtype=np.int64, count=len(self._place))
             rows, codes = rows[places], codes[places]
         self._rows, self._codes = [], []
-        segments = self._dense.advance(base, rows, codes, self._gone, uuid.uuid4().hex[:12])
-        if name is None and segments:
+        if name is None and len(rows):
             name = "given"
+        tag = uuid.uuid4().hex[:12]
+        segments = self._dense.advance(base, rows, codes, self._gone, tag, name)  # type: ignore[arg-type]
         listed = [asdict(segment) for segment in segments]
         state = {"format": _FORMAT, "revision": revision, "encoder": name, "segments": listed}
         self._lexical.commit(json.dumps(state))  # the one step that counts
         self._forget_changes()
         # the rest is housekeeping that the next commit repeats: what a crash leaves behind is not named by any state
         self._dense.clean(segments)
-        (self._dense.folder / "segments.json").write_text(json.dumps(listed), encoding="utf-8")
         for folder in self.folder.glob("damaged-*"):
             shutil.rmtree(folder, ignore_errors=True)
         self._write_lock.release()

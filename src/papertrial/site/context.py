@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
-from papertrial.feed.catalogue import Found, index_folder
+from papertrial.feed.catalogue import Found, open_index
 from papertrial.feed.lexical import Filters
 from papertrial.feed.search import Mode, SearchIndex, SearchResult
 from papertrial.feed.store import Store
@@ -46,7 +46,7 @@ class Context:
     def index(self) -> SearchIndex:
         """The search index of the database."""
         encoder = "auto" if self.settings.encoder else None
-        return SearchIndex(index_folder(self.settings.database), encoder)  # type: ignore[arg-type]
+        return open_index(self.store, self.settings.database, encoder)  # type: ignore[arg-type]
 
     @cached_property
     def recommender(self) -> Recommender:

@@ -46,8 +46,9 @@ def ask_for_link(
         if problem.field != "email":
             raise
         shown = problem.message.removeprefix("email: ")
-        values = {"next": local(next), "email": email[:254], "problem": shown}
-        return render(request, "sign_in.html.j2", status=problem.status, **values)
+        return render(
+            request, "sign_in.html.j2", status=problem.status, next=local(next), email=email[:254], problem=shown
+        )
     response = see_other("/sign-in/sent")
     minutes = here.settings.link_minutes
     secure = here.settings.secure

@@ -1,6 +1,7 @@
 """For administrators: the last ingest runs and their errors, background jobs, cards that cannot be read, accounts."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Form, Path, Query, Request
@@ -45,7 +46,7 @@ def admin(request: Request, here: Here, reader: Admin, q: Annotated[str, Query(m
     )
 
 
-def _accounts(here: Context, q: str) -> list[sa.Row[tuple[object, ...]]]:
+def _accounts(here: Context, q: str) -> Sequence[Any]:
     """The newest accounts, or those whose address or name holds what was typed."""
     users = tables.users
     query = sa.select(users.c.id, users.c.email, users.c.name, users.c.role, users.c.created, users.c.confirmed)
@@ -54,7 +55,7 @@ def _accounts(here: Context, q: str) -> list[sa.Row[tuple[object, ...]]]:
             users.c.email.contains(q.lower(), autoescape=True) | users.c.name.contains(q, autoescape=True)
         )
     with here.store.reading() as connection:
-        return list(connection.execute(query.order_by(users.c.id.desc()).limit(ACCOUNTS)).all())
+        return connection.execute(query.order_by(users.c.id.desc()).limit(ACCOUNTS)).all()
 
 
 @router.post("/admin/accounts/{user_id}")

@@ -7,12 +7,15 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from papertrial.errors import UsageError
+from papertrial.feed.merging import COMMENT_WEIGHT, HALF_LIFE_DAYS
 from papertrial.feed.paging import period_bounds
 from papertrial.site.context import Context, Here, MaybeReader
 from papertrial.site.errors import Problem
 from papertrial.site.listing import Order, Selection, count, list_papers, neighbours, period_of
+from papertrial.site.pages.families import fared
 from papertrial.site.pages.rows import by_day, day_text, rows
 from papertrial.site.pages.serving import PER_PAGE, page, see_other, with_query
+from papertrial.site.pages.strip import strip
 from papertrial.site.pages.verdicts import Line, line_of
 from papertrial.site.people.accounts import Reader
 
@@ -20,6 +23,7 @@ router = APIRouter(include_in_schema=False)
 
 #: Verdicts that the front page begins with.
 LATEST = 4
+STRIP_SECONDS = 300.0
 
 PageNumber = Annotated[int, Query(ge=0, le=300, description="page, from 0")]
 
@@ -31,8 +35,10 @@ def newest(request: Request, here: Here, reader: MaybeReader, p: PageNumber = 0)
     def values() -> dict[str, Any]:
         shown = _listed(here, reader, None, "votes", p, "/")
         shown["anchor"] = shown["rows"][0].paper.feed_day if shown["rows"] else here.today()
-        latest = [] if p else latest_verdicts(here)
-        return shown | {"days": by_day(shown["rows"]), "kind": "newest", "heading": "Newest papers", "latest": latest}
+        more: dict[str, Any] = {"days": by_day(shown["rows"]), "kind": "newest", "heading": "Newest papers"}
+        if not p:
+            more |= {"latest": latest_verdicts(here), "fared": fared(here.board.snapshot)}
+        return shown | more
 
     return page(request, reader, "feed.html.j2", values)
 
@@ -43,7 +49,13 @@ def trending(request: Request, here: Here, reader: MaybeReader, p: PageNumber = 
 
     def values() -> dict[str, Any]:
         shown = _listed(here, reader, None, "trending", p, "/trending")
-        return shown | {"days": None, "kind": "trending", "heading": "Trending", "latest": []}
+        return shown | {
+            "days": None,
+            "kind": "trending",
+            "heading": "Trending",
+            "half_life": HALF_LIFE_DAYS,
+            "comment_weight": COMMENT_WEIGHT,
+        }
 
     return page(request, reader, "feed.html.j2", values)
 
@@ -117,7 +129,9 @@ def _period(request: Request, here: Context, reader: Reader | None, period: str,
             "later": f"/{kind}/{later}" if later else None,
             "total": count(here.store, Selection(period=period)),
             "anchor": min(max(first, date(1950, 1, 1)), max(first, min(last, here.today()))),
-            "latest": [],
+            "strip": here.cache.get(
+                ("strip", period, here.today()), STRIP_SECONDS, lambda: strip(here.store, period, here.today())
+            ),
         }
 
     return page(request, reader, "feed.html.j2", values)
@@ -154,7 +168,9 @@ def _listed(
         "earlier": None,
         "later": None,
         "total": None,
-        "today": today,
+        "latest": [],
+        "fared": None,
+        "strip": [],
         "anchor": today,
         "period_of": period_of,
     }

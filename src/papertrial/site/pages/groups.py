@@ -11,7 +11,8 @@ from papertrial.feed.store import Store
 from papertrial.lab.claim import FAMILIES
 from papertrial.site.context import Here, MaybeReader
 from papertrial.site.errors import not_found
-from papertrial.site.listing import Selection, list_papers, show
+from papertrial.site.listing import Selection, count, list_papers, show
+from papertrial.site.pages.families import families, family_of
 from papertrial.site.pages.rows import rows
 from papertrial.site.pages.serving import PER_PAGE, page, with_query
 from papertrial.site.people.accounts import Reader
@@ -31,13 +32,10 @@ def all_topics(request: Request, here: Here, reader: MaybeReader) -> Response:
     """Families of methods, and the categories that sources give."""
 
     def values() -> dict[str, Any]:
-        families = here.cache.get("families", COUNT_SECONDS, lambda: _counts(here.store, papers.c.family))
         found = here.cache.get("topics", COUNT_SECONDS, lambda: _counts(here.store, topics.c.topic))
-        known = sorted((name, n) for name, n in families if name in FAMILIES)
-        sections = [("Families", "/families/", known, "family"), ("arXiv categories", "/topics/", found, None)]
-        return {"heading": "Topics", "sections": sections}
+        return {"families": families(here.board.snapshot), "categories": found}
 
-    return page(request, reader, "groups.html.j2", values)
+    return page(request, reader, "topics.html.j2", values)
 
 
 @router.get("/organisations")
@@ -46,9 +44,9 @@ def all_organisations(request: Request, here: Here, reader: MaybeReader) -> Resp
 
     def values() -> dict[str, Any]:
         found = here.cache.get("organisations", COUNT_SECONDS, lambda: _counts(here.store, papers.c.organisation))
-        return {"heading": "Organisations", "sections": [("", "/organisations/", found, None)]}
+        return {"organisations": found, "most": max((number for _, number in found), default=1)}
 
-    return page(request, reader, "groups.html.j2", values)
+    return page(request, reader, "organisations.html.j2", values)
 
 
 def _counts(store: Store, column: sa.Column[Any]) -> list[tuple[str, int]]:
@@ -85,6 +83,12 @@ def _selection(
         return {
             "heading": heading,
             "kind": kind,
+            "family": family_of(here.board.snapshot, selection.family) if selection.family else None,
+            "total": here.cache.get(
+                ("group", selection.family, selection.organisation),
+                COUNT_SECONDS,
+                lambda: count(here.store, selection),
+            ),
             "rows": rows(here, reader, found[:PER_PAGE]),
             "next_page": with_query(path, p=p + 1) if len(found) > PER_PAGE and p < 300 else None,
             "previous_page": with_query(path, p=p - 1) if p else None,
@@ -110,6 +114,8 @@ def topic(
         return {
             "heading": name,
             "kind": "topic",
+            "family": None,
+            "total": None,
             "rows": rows(here, reader, show(here.store, found.papers)),
             "next_page": with_query(request.url.path, cursor=found.next_cursor) if found.next_cursor else None,
             "previous_page": None,

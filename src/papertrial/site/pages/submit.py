@@ -27,8 +27,7 @@ def _page(
     mine = submissions.submissions_of(here.store, reader.id)
     papers = here.store.by_ids([one.paper_id for one in mine if one.paper_id is not None])
     found = {paper.id: paper for paper in papers if paper is not None}
-    values = {"submissions": mine, "papers": found, "url": url, "problem": problem}
-    return render(request, "submit.html.j2", status=status, **values)
+    return render(request, "submit.html.j2", status=status, submissions=mine, papers=found, url=url, problem=problem)
 
 
 @router.post("/submit")

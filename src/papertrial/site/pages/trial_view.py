@@ -26,6 +26,7 @@ class ClaimView:
     claim: Claim
     judgement: Judgement | None
     plot: Markup
+    mini: Markup
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,12 @@ def trial_view(entry: Entry) -> TrialView:
     judgements: Sequence[Judgement | None] = entry.judgements or [None] * len(card.claim)
     evidence = list(recorded.values())[-1] if recorded else None
     claims = [
-        ClaimView(claim, judged, effect_plot.full(judged, evidence) if judged and evidence else Markup(""))
+        ClaimView(
+            claim,
+            judged,
+            effect_plot.full(judged, evidence) if judged and evidence else Markup(""),
+            effect_plot.mini(judged),
+        )
         for claim, judged in zip(card.claim, judgements, strict=True)
     ]
     claimed, others = _metrics(entry, evidence) if evidence else ([], [])
@@ -111,13 +117,16 @@ def _metrics(entry: Entry, evidence: Evidence) -> tuple[list[MetricView], list[M
     units = {claim.metric: claim.unit for claim in card.claim}
     claimed: list[MetricView] = []
     others: list[MetricView] = []
-    for metric in evidence.metrics:
+    # In the order of the claims, so that the headline's metric comes first.
+    ordered = [metric for metric in units if metric in evidence.metrics]
+    ordered += [metric for metric in evidence.metrics if metric not in units]
+    for metric in ordered:
         found = arm_rows(card, evidence, metric)
         picture = None
         if metric in units:
             # The size that papertrial.lab.figures draws arms at, 72 points an inch.
             height = round(72 * (0.9 + 0.42 * len(found)))
-            name = f"arms-{list(dict.fromkeys(c.metric for c in card.claim)).index(metric)}"
+            name = f"arms-{list(units).index(metric)}"
             alt = f"{metric} of every arm: a point per seed, the mean and its 95 % interval"
             caption = "A point is a seed, the tick the mean, the band its 95 % interval."
             picture = Picture(_address(entry, evidence, name), 461, height, caption, alt)

@@ -1,7 +1,6 @@
 """The verdict board: every paper in scope with its headline claim, the effect against the margin, and the verdict."""
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -17,13 +16,23 @@ from papertrial.site.board import Entry, Snapshot
 from papertrial.site.context import Here, MaybeReader
 from papertrial.site.errors import Problem
 from papertrial.site.pages import effect_plot
+from papertrial.site.pages.families import WORDS, families, fared
 from papertrial.site.pages.serving import page
+from papertrial.site.pages.swarm import Swarm, swarm
 
 router = APIRouter(include_in_schema=False)
 
-WORDS = ("upheld", "contradicted", "undecided", "none")
 STATES = ("fresh", "aged", "stale", "incomplete", "not yet on trial")
-SORTS = ("title", "family", "published", "effect", "verdict", "state")
+SORTS = {
+    "verdict": "verdict",
+    "effect": "effect, in margins",
+    "published": "date",
+    "title": "title",
+    "family": "family",
+    "state": "state of the evidence",
+}
+#: Columns whose largest values are what one looks for first.
+LARGEST_FIRST = frozenset(("effect", "published"))
 
 Choice = Annotated[str, Query(max_length=40)]
 
@@ -44,6 +53,10 @@ class Line:
     def word(self) -> str:
         return self.judgement.word if self.judgement else "none"
 
+    @property
+    def address(self) -> str:
+        return f"/papers/{self.card.arxiv or self.card.slug}"
+
 
 @router.get("/verdicts")
 def verdicts(
@@ -51,7 +64,7 @@ def verdicts(
     here: Here,
     reader: MaybeReader,
     sort: Choice = "verdict",
-    descending: bool = False,
+    descending: bool | None = None,
     family: Choice = "",
     verdict: Choice = "",
     state: Choice = "",
@@ -67,11 +80,12 @@ def verdicts(
         if value not in known:
             raise Problem(400, f"{name}: {value!r} is not one of {', '.join(filter(None, known))}", field=name)
 
-    chosen = {"sort": sort, "descending": descending, "family": family, "verdict": verdict, "state": state, "q": q}
+    turned = sort in LARGEST_FIRST if descending is None else descending
+    chosen = {"sort": sort, "descending": turned, "family": family, "verdict": verdict, "state": state, "q": q}
 
     def values() -> dict[str, Any]:
         snapshot = here.board.snapshot
-        every = here.cache.get(("board", snapshot.number), 3600.0, lambda: lines(snapshot))
+        every, picture = here.cache.get(("board", snapshot.number), 3600.0, lambda: _board(snapshot))
         words = q.lower().split()
         shown = [
             line
@@ -81,24 +95,25 @@ def verdicts(
             and (not state or line.state == state)
             and all(word in f"{line.card.title} {line.card.headline.statement}".lower() for word in words)
         ]
-        counts = Counter(line.word for line in every)
         return {
-            "lines": ordered(shown, sort, descending),
-            "counts": {word: counts.get(word, 0) for word in WORDS},
+            "lines": ordered(shown, sort, turned),
             "total": len(every),
-            "by_family": tally(every),
+            "fared": fared(snapshot),
+            "families": families(snapshot),
+            "swarm": picture,
             "chosen": chosen,
-            "families": FAMILIES,
             "words": WORDS,
             "states": STATES,
+            "sorts": SORTS,
+            "largest_first": LARGEST_FIRST,
         }
 
     return page(request, reader, "verdicts.html.j2", values)
 
 
-def lines(snapshot: Snapshot) -> list[Line]:
-    """Every paper in scope."""
-    return [line_of(entry) for entry in snapshot]
+def _board(snapshot: Snapshot) -> tuple[list[Line], Swarm | None]:
+    every = [line_of(entry) for entry in snapshot]
+    return every, swarm([(line.address, line.card.title, line.judgement) for line in every if line.judgement])
 
 
 def line_of(entry: Entry) -> Line:
@@ -127,13 +142,3 @@ def ordered(found: list[Line], sort: str, descending: bool) -> list[Line]:
     by_title = sorted(found, key=keys["title"])
     there = [line for line in by_title if keys[sort](line) is not None]
     return sorted(there, key=keys[sort], reverse=descending) + [line for line in by_title if keys[sort](line) is None]
-
-
-def tally(found: list[Line]) -> list[tuple[str, dict[str, int], int]]:
-    """For each family that has papers: how many of each verdict, and how many in all."""
-    counts: dict[str, Counter[str]] = {}
-    for line in found:
-        counts.setdefault(line.card.family, Counter())[line.word] += 1
-    return [
-        (name, {w: counts[name].get(w, 0) for w in WORDS}, counts[name].total()) for name in FAMILIES if name in counts
-    ]

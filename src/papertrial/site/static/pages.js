@@ -81,54 +81,138 @@ function live(form) {
   });
 }
 
+// The search box of every page: titles as you type. Arrow keys choose, Enter opens, Escape closes; without a choice Enter
+// searches. The pattern is that of an ARIA combobox with a list.
+function suggest(input) {
+  const list = document.createElement("ul");
+  list.id = "found-titles";
+  list.className = "suggestions";
+  list.setAttribute("role", "listbox");
+  list.setAttribute("aria-label", "Papers found");
+  list.hidden = true;
+  input.after(list);
+  for (const [name, value] of Object.entries({ role: "combobox", "aria-expanded": "false", "aria-controls": list.id, "aria-autocomplete": "list" })) input.setAttribute(name, value);
+  let timer, running, chosen = -1;
+  const choose = (place) => {
+    const options = [...list.children], states = options.length + 1; // every option, and none of them
+    chosen = ((place + 1 + states) % states) - 1;
+    options.forEach((option, i) => option.setAttribute("aria-selected", String(i === chosen)));
+    if (chosen < 0) input.removeAttribute("aria-activedescendant");
+    else input.setAttribute("aria-activedescendant", options[chosen].id);
+  };
+  const close = () => {
+    list.hidden = true;
+    input.setAttribute("aria-expanded", "false");
+    choose(-1);
+  };
+  const offer = (papers) => {
+    list.replaceChildren(...papers.map(({ paper, title, papertrial }, i) => {
+      const option = document.createElement("li"), verdict = papertrial.verdict;
+      option.id = `found-title-${i}`;
+      option.setAttribute("role", "option");
+      option.dataset.address = `/papers/${paper.id}`;
+      option.append(Object.assign(document.createElement("span"), { textContent: title }));
+      if (verdict && papertrial.scale) option.append(Object.assign(document.createElement("span"), { className: `badge ${verdict}`, textContent: `${verdict} at ${papertrial.scale}` }));
+      return option;
+    }));
+    list.hidden = !papers.length;
+    input.setAttribute("aria-expanded", String(papers.length > 0));
+    choose(-1);
+  };
+  const look = async () => {
+    running?.abort();
+    const words = input.value.trim();
+    if (words.length < 2) return close();
+    running = new AbortController();
+    try {
+      const answer = await fetch(`/api/papers/search?${new URLSearchParams({ q: words, limit: 6 })}`, { signal: running.signal });
+      if (answer.ok && document.activeElement === input) offer(await answer.json());
+    } catch { /* the form still searches */ }
+  };
+  input.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(look, 180); });
+  input.addEventListener("blur", () => setTimeout(close, 150));
+  input.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !list.hidden) { event.preventDefault(); close(); }
+    if (event.key === "ArrowDown" || event.key === "ArrowUp") {
+      if (list.hidden) return;
+      event.preventDefault();
+      choose(event.key === "ArrowDown" ? chosen + 1 : chosen - 1);
+    }
+    if (event.key === "Enter" && chosen >= 0) {
+      event.preventDefault();
+      location.assign(list.children[chosen].dataset.address);
+    }
+  });
+  list.addEventListener("mousedown", (event) => {
+    const option = event.target.closest("[role=option]");
+    if (!option) return;
+    event.preventDefault();
+    location.assign(option.dataset.address);
+  });
+}
+
 // The board: its rows are all here, so sorting and filtering need no answer from the service.
 function board(form) {
-  const table = document.getElementById(form.dataset.board), body = table.tBodies[0];
-  const rows = [...body.rows], complete = location.search === "" || ![...new FormData(form)].some(([name, value]) => value && name !== "sort" && name !== "descending");
-  if (!complete) { // only some rows were sent: let the service answer
+  const filters = ["q", "family", "verdict", "state"];
+  if (filters.some((name) => form.elements[name].value)) { // only some rows were sent: let the service answer
     form.addEventListener("change", () => form.requestSubmit());
     return;
   }
-  const total = rows.length, texts = new Map(rows.map((row) => [row, row.cells[0].textContent.toLowerCase()]));
+  const table = document.getElementById(form.dataset.board), body = table.tBodies[0], rows = [...body.rows];
+  const texts = new Map(rows.map((row) => [row, row.cells[0].textContent.toLowerCase()]));
+  const titles = new Map(rows.map((row) => [row, row.querySelector(".title").textContent.toLowerCase()]));
   const order = {
     verdict: ["upheld", "contradicted", "undecided", "none"],
     state: ["fresh", "aged", "stale", "incomplete", "not yet on trial"],
   };
-  const value = (row, key, column) => {
-    if (key === "effect") return row.dataset.effect === undefined ? null : Number(row.dataset.effect === "inf" ? Infinity : row.dataset.effect === "-inf" ? -Infinity : row.dataset.effect);
-    if (order[key]) return order[key].indexOf(row.dataset[key]);
-    return row.cells[column].textContent.trim().toLowerCase();
+  const values = {
+    title: (row) => titles.get(row),
+    family: (row) => row.dataset.family,
+    published: (row) => row.cells[2].textContent.trim(),
+    effect: ({ dataset: { effect } }) => effect === undefined ? null : Number(effect.replace("inf", "Infinity")),
+    verdict: (row) => order.verdict.indexOf(row.dataset.verdict),
+    state: (row) => order.state.indexOf(row.dataset.state),
   };
+  const { sort } = form.elements;
+  let descending = table.querySelector("[aria-sort]")?.getAttribute("aria-sort") === "descending";
   const show = () => {
     const chosen = Object.fromEntries(new FormData(form)), words = chosen.q.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
     for (const row of rows) {
-      const fits = ["family", "verdict", "state"].every((name) => !chosen[name] || row.dataset[name] === chosen[name]) && words.every((word) => texts.get(row).includes(word));
-      row.hidden = !fits;
-      shown += fits;
+      row.hidden = !(["family", "verdict", "state"].every((name) => !chosen[name] || row.dataset[name] === chosen[name]) && words.every((word) => texts.get(row).includes(word)));
+      shown += !row.hidden;
     }
-    document.getElementById("board-count").textContent = `${shown} of ${total} papers`;
+    document.getElementById("board-count").textContent = `${shown} of ${rows.length} papers`;
     document.getElementById("board-empty").hidden = shown > 0;
-    const wanted = new URLSearchParams([...new FormData(form)].filter(([, text]) => text !== ""));
+    const wanted = new URLSearchParams(Object.entries(chosen).filter(([, text]) => text !== ""));
+    wanted.set("descending", descending);
     history.replaceState(null, "", `/verdicts?${wanted}`);
   };
-  form.addEventListener("input", show);
+  const arrange = () => {
+    const sign = descending ? -1 : 1, keyed = rows.map((row) => [values[sort.value](row), titles.get(row), row]);
+    keyed.sort(([a, t], [b, u]) => (a === null || b === null ? (a === null) - (b === null) : sign * ((a > b) - (a < b))) || (t > u) - (t < u));
+    body.append(...keyed.map(([, , row]) => row));
+    for (const heading of table.tHead.rows[0].cells) {
+      if (heading.dataset.key === sort.value) heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
+      else heading.removeAttribute("aria-sort");
+    }
+  };
+  form.addEventListener("input", (event) => {
+    if (event.target === sort) {
+      descending = sort.selectedOptions[0].dataset.first === "descending";
+      arrange();
+    }
+    show();
+  });
   form.addEventListener("submit", (event) => { event.preventDefault(); show(); });
   table.tHead.addEventListener("click", (event) => {
     const heading = event.target.closest("th"), link = event.target.closest("a");
     if (!heading || !link || event.ctrlKey || event.metaKey || event.shiftKey) return;
     event.preventDefault();
-    const key = heading.dataset.key, sorted = heading.getAttribute("aria-sort");
-    const descending = sorted ? sorted === "ascending" : key === "effect" || key === "published";
-    const sign = descending ? -1 : 1;
-    for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
-    heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
-    const keyed = rows.map((row) => [value(row, key, heading.cellIndex), row.cells[0].textContent.trim().toLowerCase(), row]);
-    keyed.sort(([a, t], [b, u]) => (a === null || b === null ? (a === null) - (b === null) : sign * ((a > b) - (a < b))) || (t > u) - (t < u));
-    body.append(...keyed.map(([, , row]) => row));
-    form.elements.sort.value = key;
-    form.querySelector("[name=descending]")?.remove();
-    if (descending) form.insertAdjacentHTML("afterbegin", '<input type="hidden" name="descending" value="true">');
+    const { key } = heading.dataset, same = sort.value === key;
+    sort.value = key;
+    descending = same ? !descending : sort.selectedOptions[0].dataset.first === "descending";
+    arrange();
     show();
   });
 }
@@ -144,6 +228,7 @@ function prepare(root) {
 }
 
 prepare(document);
+suggest(document.getElementById("find"));
 document.querySelectorAll("form[data-live]").forEach(live);
 document.querySelectorAll("form[data-board]").forEach(board);
 document.addEventListener("keydown", (event) => {

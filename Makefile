@@ -1,4 +1,5 @@
 # Two commands: `make demo` and `make test`. Both set up everything themselves in .venv; a second call installs nothing.
+# --no-compile: Python compiles what it imports; compiling all that could be imported takes 0.3 GB.
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,11 +28,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[encoder,site]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[encoder,site]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[encoder,site,dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[encoder,site,dev]"
 	@touch $@
 
 clean:

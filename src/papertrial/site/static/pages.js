@@ -36,7 +36,9 @@ async function send(form) {
     const answer = await fetch(form.action, { method: "POST", body, headers: { Accept: "text/html" } });
     const page = parse(await answer.text());
     const wrong = page.querySelector("#problem-message");
-    if (wrong || !swap(form.dataset.swap, page)) tell(wrong ? wrong.textContent : "That did not work. Load the page again.");
+    if (wrong) tell(wrong.textContent);
+    else if (!answer.ok) tell("That did not work. Load the page again.");
+    else if (!swap(form.dataset.swap, page)) location.assign(answer.url); // the part is gone, as from a list of votes
   } catch {
     tell("The service cannot be reached. Nothing was changed.");
   } finally {
@@ -168,7 +170,7 @@ function board(form) {
   const values = {
     title: (row) => titles.get(row),
     family: (row) => row.dataset.family,
-    published: (row) => row.cells[2].textContent.trim(),
+    published: (row) => row.dataset.published,
     effect: ({ dataset: { effect } }) => effect === undefined ? null : Number(effect.replace("inf", "Infinity")),
     verdict: (row) => order.verdict.indexOf(row.dataset.verdict),
     state: (row) => order.state.indexOf(row.dataset.state),

@@ -7,6 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from papertrial import service_commands
 from papertrial.errors import PapertrialError, UsageError
 
 app = typer.Typer(
@@ -361,6 +362,60 @@ def ingest(
     if report.problems:
         raise typer.Exit(1)
 
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="[OPTIONS] [OPTIONS OF THE METHOD]",
+)
+def apply(
+    context: typer.Context,
+    slug: Slug,
+    model: Annotated[
+        str | None, typer.Option(help="The checkpoint: a Hugging Face id, a local folder or house:NAME.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; must not exist.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text that the method may look at: .jsonl with a text a line, or plain text.")
+    ] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="Text on which perplexity is measured, likewise.")] = None,
+    evaluation_tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it.")] = 20_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of what the method draws.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
+    options: Annotated[bool, typer.Option("--options", help="List the method's own options and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Change your checkpoint by a paper's method; writes an ordinary Hugging Face folder with a card."""
+    from papertrial.lab.applying import apply_to_checkpoint
+    from papertrial.lab.claim import find_card
+    from papertrial.terminal import print_applied, print_json, print_options
+
+    card = find_card(slug)
+    if options:
+        print_options(_console(), card)
+        return
+    if model is None or out is None:
+        raise UsageError(f"give --model and --out; `papertrial apply {card.slug} --options` lists the method's own")
+    notes = _console(stderr=True)
+    with notes.status("starting") as status:
+        applied = apply_to_checkpoint(
+            card,
+            model,
+            out,
+            context.args,
+            calibration=calibration,
+            evaluation=evaluation,
+            evaluation_tokens=evaluation_tokens,
+            seed=seed,
+            device=device,
+            on_progress=lambda what, done, total: status.update(f"{what}{f' {done:,} of {total:,}' if total else ''}"),
+        )
+    if as_json:
+        print_json(applied.record | {"folder": str(applied.folder)})
+    else:
+        print_applied(_console(), applied)
+
+
+service_commands.add_to(app)
 
 if __name__ == "__main__":
     main()

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import tokenize
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,13 @@ def module_digests(modules: list[str]) -> dict[str, str]:
 
 
 def file_digest(path: Path) -> str:
+    """Digest of a file's code; worked out once for each state of the file, since many papers stand on the same ones."""
+    status = path.stat()
+    return _file_digest(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _file_digest(path: Path, _changed: int, _size: int) -> str:
     return digest(code_text(path.read_text(encoding="utf-8")))
 
 

@@ -4,7 +4,7 @@ A module takes part by what it defines, all optional:
 
 - ``router``: an ``APIRouter`` with its routes;
 - ``jobs(context) -> list[Job]``: work for the background;
-- ``lifespan(context)``: an async context manager around the time that the application serves;
+- ``lifespan(app, context)``: an async context manager around the time that the application serves;
 - ``mount(app, context)``: for ASGI applications of their own (MCP).
 
 Nothing else is edited to add a page.
@@ -32,6 +32,7 @@ from papertrial.site.background import Jobs
 from papertrial.site.context import Context
 from papertrial.site.limits import Limiter
 from papertrial.site.middleware import Envelope
+from papertrial.site.page_cache import LEVEL, KeptPages
 from papertrial.site.settings import Settings, read_settings
 
 log = logging.getLogger("papertrial.site")
@@ -68,7 +69,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         if hasattr(module, "mount"):
             module.mount(app, here)
     app.mount("/static", _Static(directory=templating.STATIC), name="static")
-    app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=5)
+    app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=LEVEL)
+    app.add_middleware(KeptPages, pages=here.pages)
     app.add_middleware(Envelope, settings=settings, limiter=here.limiter)
     return app
 
@@ -93,7 +95,7 @@ def _lifespan(here: Context, modules: list[ModuleType]) -> Any:
         async with AsyncExitStack() as stack:
             for module in modules:
                 if hasattr(module, "lifespan"):
-                    await stack.enter_async_context(module.lifespan(here))
+                    await stack.enter_async_context(module.lifespan(app, here))
             runner.start()
             try:
                 yield

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from papertrial.errors import PapertrialError
-from papertrial.lab.catalogue import Standing, standing
+from papertrial.lab.catalogue import Standing
 from papertrial.lab.claim import PaperCard, paper_folders, read_card
 from papertrial.lab.verdict import Judgement
+from papertrial.site.standings import Stamp, Standings, key_of, shared_stamp
 
 log = logging.getLogger("papertrial.site")
 
 _WATCHED = (".toml", ".json", ".py")
-Stamp = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(eq=False)
@@ -23,6 +23,8 @@ class Entry:
 
     card: PaperCard
     stamp: Stamp
+    key: str
+    remembered: Standings
     _standing: Standing | None = None
     _judgements: list[Judgement] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -32,7 +34,7 @@ class Entry:
         with self._lock:
             if self._standing is None:
                 try:
-                    self._standing = standing(self.card)
+                    self._standing = self.remembered.of(self.card, self.key)
                 except (PapertrialError, ValueError, OSError) as error:
                     log.exception("%s cannot be read", self.card.slug)
                     self._standing = Standing(self.card, "incomplete", (str(error),), {})
@@ -80,6 +82,7 @@ class Board:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._snapshot: Snapshot | None = None
+        self._remembered = Standings()
 
     @property
     def snapshot(self) -> Snapshot:
@@ -93,14 +96,15 @@ class Board:
             old = before.entries if before else {}
             entries: dict[str, Entry] = {}
             problems: list[str] = []
+            shared = shared_stamp()
             for folder in paper_folders():
                 stamp = _stamp(folder)
-                held = old.get(folder.name)
-                if held is not None and held.stamp == stamp:
+                held, key = old.get(folder.name), key_of(stamp, shared)
+                if held is not None and held.key == key:
                     entries[folder.name] = held
                     continue
                 try:
-                    entries[folder.name] = Entry(read_card(folder), stamp)
+                    entries[folder.name] = Entry(read_card(folder), stamp, key, self._remembered)
                 except PapertrialError as error:  # one bad card must not take the others down
                     problems.append(str(error))
                     if held is not None:
@@ -116,6 +120,7 @@ class Board:
         """Work out every standing ahead of the first reader who asks."""
         for entry in self.snapshot:
             _ = entry.judgements
+        self._remembered.save()
 
 
 def _stamp(folder: Path) -> Stamp:

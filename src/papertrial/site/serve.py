@@ -1,8 +1,11 @@
 """``papertrial serve``: the whole service in one process, or in several workers on one address."""
 
+import contextlib
+import errno
 import json
 import logging
 import os
+import socket
 import sys
 from typing import Any
 
@@ -30,7 +33,8 @@ def serve(
     Parameters
     ----------
     host, port
-        Where to listen. ``base_url`` (default: this address) is what readers see; set it behind a proxy.
+        Where to listen; port 0 takes a free one. ``base_url`` (default: this address) is what readers see; set it
+        behind a proxy.
     database
         URL of the database (default: SQLite in the home folder).
     workers
@@ -47,21 +51,76 @@ def serve(
     PapertrialError
         The database or the home folder cannot be used.
     """
-    import uvicorn
-
     if not 1 <= workers <= 64:
         raise UsageError(f"workers is {workers}; 1 to 64 can be started")
     if not 0 <= port <= 65535:
         raise UsageError(f"port is {port}; a number from 0 to 65535 is needed")
-    if "base_url" not in settings and "PAPERTRIAL_BASE_URL" not in os.environ:
-        shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
-        settings["base_url"] = f"http://{shown}:{port}"
-    chosen = read_settings(database=database, ingest=ingest or None, **settings)
-    _configure_log()
-    _prepare(chosen)
-    options: dict[str, Any] = {
-        "host": host,
-        "port": port,
+    with contextlib.ExitStack() as stack:
+        # Taken first: a port that is in use is told at once, and not after the database was made.
+        sockets = [stack.enter_context(taken) for taken in take_port(host, port)]
+        port = sockets[0].getsockname()[1]
+        if "base_url" not in settings and "PAPERTRIAL_BASE_URL" not in os.environ:
+            shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
+            settings["base_url"] = f"http://{shown}:{port}"
+        chosen = read_settings(database=database, ingest=ingest or None, **settings)
+        _configure_log()
+        _prepare(chosen)
+        if workers == 1:
+            _serve_alone(chosen, sockets)
+            return
+    _serve_with_workers(chosen, host, port, workers)
+
+
+def take_port(host: str, port: int) -> list[socket.socket]:
+    """Sockets at an address, one for each network protocol that it is in.
+
+    Raises
+    ------
+    UsageError
+        The address is not this machine's, the port is in use, or may not be used.
+    """
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        raise UsageError(f"host is {host[:80]!r}, which is no address of this machine") from None
+    taken: list[socket.socket] = []
+    problem: OSError | None = None
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        try:
+            opened = socket.socket(family, kind, protocol)
+        except OSError as error:  # a protocol that this machine does not speak
+            problem = error
+            continue
+        try:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            opened.bind((address[0], taken[0].getsockname()[1] if taken else port, *address[2:]))
+            opened.listen(2048)
+        except OSError as error:
+            opened.close()
+            problem = error
+            if error.errno != errno.EADDRNOTAVAIL:
+                break
+        else:
+            taken.append(opened)
+    if problem is not None and (not taken or problem.errno in (errno.EADDRINUSE, errno.EACCES)):
+        for opened in taken:
+            opened.close()
+        raise UsageError(_port_problem(problem, host, port)) from None
+    return taken
+
+
+def _port_problem(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} of {host} is in use; stop what listens there, or give another --port"
+    if error.errno == errno.EACCES:
+        return f"port {port} may not be used by this user; give a --port above 1023"
+    return f"cannot listen at {host} port {port}: {error.strerror or error}"
+
+
+def _options() -> dict[str, Any]:
+    return {
         "access_log": False,
         "log_config": None,
         "server_header": False,
@@ -69,12 +128,30 @@ def serve(
         "timeout_graceful_shutdown": 10,
         "limit_concurrency": 1000,
     }
-    print(f"Papertrial serves at {chosen.base_url}  (stop with Ctrl-C)", file=sys.stderr, flush=True)
-    if workers == 1:
-        uvicorn.run(create_app(chosen), **options)
-        return
-    os.environ[_HANDED_ON] = json.dumps(chosen.model_dump(mode="json"))
-    uvicorn.run("papertrial.site.serve:worker_app", factory=True, workers=workers, **options)
+
+
+def _serve_alone(settings: Settings, sockets: list[socket.socket]) -> None:
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), **_options()))
+    _greet(settings)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets)
+    if not server.started:
+        raise PapertrialError("the service did not start; the lines above say why")
+
+
+def _serve_with_workers(settings: Settings, host: str, port: int, workers: int) -> None:
+    import uvicorn
+
+    os.environ[_HANDED_ON] = json.dumps(settings.model_dump(mode="json"))
+    _greet(settings)
+    application = "papertrial.site.serve:worker_app"
+    uvicorn.run(application, factory=True, host=host, port=port, workers=workers, **_options())
+
+
+def _greet(settings: Settings) -> None:
+    print(f"Papertrial serves at {settings.base_url}  (stop with Ctrl-C)", file=sys.stderr, flush=True)
 
 
 def worker_app() -> FastAPI:

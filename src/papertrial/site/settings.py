@@ -7,12 +7,20 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from papertrial.errors import UsageError
 from papertrial.home import home
 
 Quota = Annotated[int, Field(ge=0, le=10_000_000)]
+
+
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Category = Annotated[str, Field(pattern=r"^[a-z]+(-[a-z]+)*(\.[A-Za-z]{2}(-[a-z]+)*)?$", max_length=40)]
+Categories = Annotated[tuple[Category, ...], BeforeValidator(_split), Field(max_length=20)]
 
 #: Seconds of the window that request quotas are counted in.
 WINDOW_SECONDS = 300
@@ -36,6 +44,8 @@ class Settings(BaseModel):
     session_days: int = Field(30, ge=1, le=365)
     link_minutes: int = Field(20, ge=1, le=1440, description="how long a sign-in link is good")
     ingest: bool = Field(False, description="fetch new papers in the background")
+    categories: Categories = Field(("cs.CL", "cs.LG"), description="arXiv categories that are fetched, comma-separated")
+    smoke_runs: bool = Field(True, description="whether account holders may start smoke runs over MCP")
     fetch: bool = Field(True, description="whether the service may go to the network at all (submissions)")
     smtp_url: str | None = Field(None, description="smtp://[user:password@]host[:port], smtps:// or smtp+starttls://")
     mail_from: str | None = Field(None, description="sender of letters")

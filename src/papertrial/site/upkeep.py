@@ -1,5 +1,7 @@
 """What the service does for itself: the catalogue before the first reader comes, then indices and sums kept fresh."""
 
+import contextlib
+import hashlib
 import logging
 import shutil
 import time
@@ -8,13 +10,18 @@ from sqlalchemy import event
 
 from papertrial.errors import PapertrialError
 from papertrial.feed.catalogue import update_index
+from papertrial.feed.cursors import read_position, save_position
 from papertrial.feed.ingest import ingest_scope
 from papertrial.feed.search import IndexBusy
+from papertrial.feed.sources.scope import card_paths
+from papertrial.site import ingesting
 from papertrial.site.background import Job
 from papertrial.site.context import Context
 from papertrial.site.people import accounts, pulse, submissions
 
 log = logging.getLogger("papertrial.site")
+
+_SCOPE = "scope"
 
 
 def prepare(here: Context) -> None:
@@ -22,18 +29,19 @@ def prepare(here: Context) -> None:
     _write_through(here)
     _ = here.key
     accounts.ensure_admin(here.store, here.settings.admin_email)
-    if not here.store.count():
-        ingest_scope(here.store)
+    take_in_scope(here)
 
 
 def jobs(here: Context) -> list[Job]:
     """The service's own background work."""
     return [
-        Job("scope", 3600.0, lambda: _take_in_scope(here)),
-        Job("index", 15.0, lambda: update_index_now(here), lease=3600.0),
-        Job("pulse", 300.0, lambda: pulse.refresh_all(here.store)),
-        Job("submissions", 60.0, lambda: _work_off_submissions(here)),
+        Job("scope", 60.0, lambda: take_in_scope(here), after=60.0),
+        # Each home folder has an index; its own lock keeps the workers that share one from doing the work twice.
+        Job("index", 15.0, lambda: update_index_now(here), everywhere=True, apart=True, after=1.0),
+        Job("pulse", 300.0, lambda: pulse.refresh_all(here.store), after=2.0),
+        Job("submissions", 60.0, lambda: _work_off_submissions(here), apart=True, after=2.0),
         Job("board", 5.0, lambda: _refresh_board(here), everywhere=True),
+        *ingesting.jobs(here),
     ]
 
 
@@ -52,8 +60,17 @@ def _write_through(here: Context) -> None:
     engine.dispose()
 
 
-def _take_in_scope(here: Context) -> None:
+def take_in_scope(here: Context) -> None:
+    """Bring the papers in scope into the catalogue if a card was added, changed or removed since the last time."""
+    total = hashlib.sha256()
+    for path in card_paths():
+        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+            total.update(f"{path.parent.name}\0{path.read_text(encoding='utf-8', errors='replace')}\0".encode())
+    cards = {"cards": total.hexdigest()}
+    if read_position(here.store, _SCOPE) == cards and here.store.count():
+        return
     report = ingest_scope(here.store)
+    save_position(here.store, _SCOPE, cards)
     for problem in report.problems:
         log.error("scope: %s", problem)
 

@@ -522,3 +522,21 @@ def test_a_field_a_source_does_not_mention_stays(store):
     store.upsert([paper(1, organisation="Meadow")])
     assert store.upsert([replace(paper(1), abstract=None, authors=(), categories=())]) == Counts(unchanged=1)
     assert store.find("2502.00001").organisation == "Meadow"
+
+
+def test_the_version_is_another_one_after_every_write_and_only_then(store):
+    store.upsert([paper(1)])
+    first = store.version()
+    for _ in range(3):
+        store.listing()
+        store.upsert([paper(1)])  # the same again
+    seen = [store.version()]
+    with Store.open(store.engine.url.render_as_string(hide_password=False)) as elsewhere:
+        for number in range(3):
+            elsewhere.upsert([paper(10 + number)])
+            seen.append(store.version())
+    store.upsert([paper(20)])
+    seen.append(store.version())
+    assert len(set(seen)) == len(seen)
+    assert seen[-1] == store.version()
+    assert first not in seen[1:]

@@ -24,6 +24,7 @@ from papertrial.feed.lexical import Document, Filters
 
 EXACT_ROWS = 100_000  # an exact scan of so many rows takes some 10 ms on one core
 GRAPH_OPTIONS: dict[str, Any] = {"connectivity": 16, "expansion_add": 64, "expansion_search": 192}
+FEW = 64
 _COMPACT_DEAD = 0.25  # a segment with a larger share of dead rows is written anew
 _THREADS = 2
 ROW = np.dtype(
@@ -164,8 +165,10 @@ class Segment:
         graph = self.graph()
         asked = wide
         while asked <= 4096:
-            # a graph search keeps as many candidates as it is asked for; fewer than the option loses recall
-            graph.expansion_search = max(asked, GRAPH_OPTIONS["expansion_search"])
+            # a graph search keeps as many candidates as it is asked for; fewer than the option loses recall, but of
+            # the few nearest half as many as the option lose none that could be measured, in half the time
+            few = asked <= FEW
+            graph.expansion_search = max(asked, GRAPH_OPTIONS["expansion_search"] // (2 if few else 1))
             keys = np.asarray(graph.search(code, asked).keys, dtype=np.int64)
             rows = np.searchsorted(self.keys, keys)
             rows = rows[self.keys[np.minimum(rows, len(self.keys) - 1)] == keys]

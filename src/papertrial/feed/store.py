@@ -6,7 +6,9 @@ with Store.open() as store:
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sqlite3
+import threading
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -17,13 +19,18 @@ import sqlalchemy as sa
 
 from papertrial.errors import UsageError
 from papertrial.feed import schema
-from papertrial.feed.database import connect, explained
+from papertrial.feed.database import BUSY_SECONDS, connect, explained
 from papertrial.feed.paging import MAX_LIMIT, Page, checked_limit, page_order, period_bounds, read_cursor, write_cursor
 from papertrial.feed.records import Paper, Record, paper_key, parse_arxiv_id
 from papertrial.feed.writing import Batch, Outcome, lock_counters, save_counters
 
 #: Records that are stored in one transaction: few enough that a reader waits briefly, many enough to be quick.
 BATCH = 500
+
+# Built once: putting a statement of thirty columns together takes as long as running it.
+_BY_IDS = sa.select(schema.papers).where(schema.papers.c.id.in_(sa.bindparam("ids", expanding=True)))
+_BY_ARXIV_ID = sa.select(schema.papers).where(schema.papers.c.arxiv_id == sa.bindparam("arxiv_id"))
+_BY_SLUG = sa.select(schema.papers).where(schema.papers.c.slug == sa.bindparam("slug"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,8 @@ class Store:
 
     def __init__(self, engine: sa.Engine) -> None:
         self.engine = engine
+        self._watch: sqlite3.Connection | None = None
+        self._watch_lock = threading.Lock()
 
     @classmethod
     def open(cls, database: str | None = None) -> "Store":
@@ -70,6 +79,10 @@ class Store:
         return cls(connect(database))
 
     def close(self) -> None:
+        with self._watch_lock:
+            if self._watch is not None:
+                self._watch.close()
+                self._watch = None
         self.engine.dispose()
 
     def __enter__(self) -> "Store":
@@ -151,29 +164,29 @@ class Store:
         return self.by_slug(name)
 
     def by_arxiv_id(self, arxiv_id: str) -> Paper | None:
-        return self._first(sa.select(schema.papers).where(schema.papers.c.arxiv_id == arxiv_id))
+        return self._first(_BY_ARXIV_ID, {"arxiv_id": arxiv_id})
 
     def by_slug(self, slug: str) -> Paper | None:
-        return self._first(sa.select(schema.papers).where(schema.papers.c.slug == slug))
+        return self._first(_BY_SLUG, {"slug": slug})
 
     def by_title_key(self, key: str) -> Paper | None:
         """A paper by the hash of a title that it has or had; of several the one with the smallest arXiv id."""
         papers, titles = schema.papers, schema.titles
         query = sa.select(papers).join(titles, titles.c.paper_id == papers.c.id).where(titles.c.title_key == key)
-        return self._first(query.order_by(papers.c.arxiv_id.is_(None), papers.c.arxiv_id, papers.c.id).limit(1))
+        return self._first(query.order_by(papers.c.arxiv_id.is_(None), papers.c.arxiv_id, papers.c.id).limit(1), {})
 
     def by_ids(self, ids: Sequence[int]) -> list[Paper | None]:
         """Papers by number, in the order asked for; the way to show search results."""
         found: dict[int, Paper] = {}
         with self.reading() as connection:
             for start in range(0, len(ids), MAX_LIMIT):
-                query = sa.select(schema.papers).where(schema.papers.c.id.in_(ids[start : start + MAX_LIMIT]))
-                found |= {row["id"]: _paper(row) for row in connection.execute(query).mappings()}
+                wanted = {"ids": list(ids[start : start + MAX_LIMIT])}
+                found |= {row["id"]: _paper(row) for row in connection.execute(_BY_IDS, wanted).mappings()}
         return [found.get(paper_id) for paper_id in ids]
 
-    def _first(self, query: sa.Select[Any]) -> Paper | None:
+    def _first(self, query: sa.Select[Any], values: dict[str, Any]) -> Paper | None:
         with self.reading() as connection:
-            row = connection.execute(query).mappings().first()
+            row = connection.execute(query, values).mappings().first()
         return _paper(row) if row else None
 
     # -- listings -----------------------------------------------------------------------------------------------------
@@ -268,6 +281,28 @@ class Store:
             more = write_cursor(order, *(getattr(last, column.name) for column in columns))
         return Page(tuple(found[:limit]), more)
 
+    def version(self) -> Hashable:
+        """What is in the database now, whoever wrote it: equal as long as nothing at all has been written.
+
+        Takes some microseconds with SQLite and a round trip with PostgreSQL.
+        """
+        with explained(self.engine.url):
+            if self.engine.url.get_backend_name() != "sqlite":
+                # two equal snapshots see the same transactions
+                with self.engine.connect() as connection:
+                    return str(connection.execute(sa.text("SELECT pg_current_snapshot()::text")).scalar_one())
+            with self._watch_lock:
+                if self._watch is None:
+                    # the number is one of this connection, which never writes itself, so it tells of all others
+                    path = str(self.engine.url.database)
+                    self._watch = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
+                try:
+                    return int(self._watch.execute("PRAGMA data_version").fetchone()[0])
+                except sqlite3.Error:  # nobody can tell: other than anything before
+                    self._watch.close()
+                    self._watch = None
+                    return object()
+
     # -- counts and changes -------------------------------------------------------------------------------------------
 
     def count(self) -> int:
@@ -352,9 +387,10 @@ def _paper(row: Any) -> Paper:
     values = dict(row)
     for name in ("authors", "categories", "keywords"):
         values[name] = tuple(values[name])
-    values["key"] = paper_key(values["arxiv_id"], values["title"])
-    if values["pdf_url"] is None and values["arxiv_id"]:
-        values["pdf_url"] = f"https://arxiv.org/pdf/{values['arxiv_id']}"
+    arxiv_id = values["arxiv_id"]
+    values["key"] = paper_key(arxiv_id, values["title"])
+    if values["pdf_url"] is None and arxiv_id:
+        values["pdf_url"] = f"https://arxiv.org/pdf/{arxiv_id}"
     for name in ("first_seen", "updated"):
         values[name] = values[name].replace(tzinfo=UTC)
     return Paper(**values)

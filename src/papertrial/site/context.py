@@ -5,6 +5,7 @@ dependencies `MaybeReader`, `SignedIn`, `Writer` or `Admin`.
 """
 
 import logging
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import cached_property
@@ -24,6 +25,7 @@ from papertrial.site.caching import Cache
 from papertrial.site.errors import Problem
 from papertrial.site.limits import Limiter, credential_of
 from papertrial.site.mail import Mailer, mailer_of
+from papertrial.site.page_cache import PageCache
 from papertrial.site.people.accounts import Reader, reader_of_session, reader_of_token
 from papertrial.site.people.recommend import Recommender
 from papertrial.site.settings import Settings
@@ -41,6 +43,19 @@ class Context:
     limiter: Limiter
     board: Board = field(default_factory=Board)
     cache: Cache = field(default_factory=Cache)
+    #: Numbers of similar papers: small, many, and dear to find.
+    similar: Cache = field(default_factory=lambda: Cache(entries=50_000))
+
+    @cached_property
+    def pages(self) -> PageCache:
+        """The pages that are the same for everybody."""
+
+        def version() -> Hashable:
+            return self.store.version(), self.board.snapshot.number, self.today()
+
+        # a file is asked at once; another machine is asked by a thread, once in a while
+        local = self.store.engine.url.get_backend_name() == "sqlite"
+        return PageCache(version, recheck=0.0 if local else 1.0)
 
     @cached_property
     def index(self) -> SearchIndex:

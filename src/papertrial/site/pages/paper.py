@@ -21,7 +21,7 @@ from papertrial.site.templating import render
 router = APIRouter(include_in_schema=False)
 
 SIMILAR = 6
-SIMILAR_SECONDS = 300.0
+SIMILAR_SECONDS = 3600.0
 TRIAL_SECONDS = 3600.0
 
 
@@ -76,4 +76,4 @@ def _similar(here: Context, found: Paper) -> list[Row]:
         except PapertrialError:
             return []
 
-    return rows_of_ids(here, None, here.cache.get(("similar", found.id, found.revision), SIMILAR_SECONDS, ids))
+    return rows_of_ids(here, None, here.similar.get((found.id, found.revision), SIMILAR_SECONDS, ids))

@@ -1,26 +1,23 @@
 """How pages are answered: those that are the same for everybody are kept for seconds and carry an ETag."""
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlencode
 
 from fastapi import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 
 from papertrial.site.context import context
 from papertrial.site.people.accounts import Reader
 from papertrial.site.templating import render, render_text
 
-#: How old a page may be for those who are not signed in.
-FRESH_SECONDS = 5.0
 PER_PAGE = 30
 
 Values = Callable[[], dict[str, Any]]
 
 
 def page(request: Request, reader: Reader | None, template: str, values: Values) -> Response:
-    """A page; for readers who are not signed in it is kept and revalidated by its ETag.
+    """A page; for readers who are not signed in it is kept (see `page_cache`) and revalidated by its ETag.
 
     Parameters
     ----------
@@ -30,17 +27,14 @@ def page(request: Request, reader: Reader | None, template: str, values: Values)
     """
     if reader is not None:
         return render(request, template, **values())
-    key = ("page", request.url.path, request.url.query)
-
-    def make() -> tuple[str, str]:
-        text = render_text(request, template, **values())
-        return text, f'W/"{hashlib.sha256(text.encode()).hexdigest()[:20]}"'
-
-    text, tag = context(request).cache.get(key, FRESH_SECONDS, make)
-    headers = {"ETag": tag, "Cache-Control": "public, no-cache"}
-    if tag in [given.strip() for given in request.headers.get("if-none-match", "").split(",")]:
-        return Response(status_code=304, headers=headers)
-    return HTMLResponse(text, headers=headers)
+    kept = context(request).pages.make(
+        (request.scope["path"], request.scope["query_string"]), lambda: render_text(request, template, **values())
+    )
+    packed = "gzip" in request.headers.get("accept-encoding", "")
+    status, headers, body = kept.answer(request.headers.get("if-none-match", ""), packed)
+    response = Response(body, status)
+    response.raw_headers = headers
+    return response
 
 
 def see_other(address: str) -> RedirectResponse:

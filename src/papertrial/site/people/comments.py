@@ -113,13 +113,20 @@ def remove_comment(store: Store, reader: Reader, comment_id: int) -> None:
         pulse.refresh(connection, [row.paper_id])
 
 
+#: Built once: every paper's page asks for it.
+_ON_PAPER = (
+    sa.select(tables.comments, tables.users.c.name, tables.users.c.full_name)
+    .join(tables.users, tables.users.c.id == tables.comments.c.user_id)
+    .where(tables.comments.c.paper_id == sa.bindparam("paper"))
+    .order_by(tables.comments.c.id)
+    .limit(MOST_SHOWN)
+)
+
+
 def comments_on(store: Store, paper_id: int) -> list[Comment]:
     """The comments on a paper: each with its replies behind it, oldest first."""
-    table, users = tables.comments, tables.users
-    query = sa.select(table, users.c.name, users.c.full_name).join(users, users.c.id == table.c.user_id)
-    query = query.where(table.c.paper_id == paper_id).order_by(table.c.id).limit(MOST_SHOWN)
     with store.reading() as connection:
-        rows = connection.execute(query).all()
+        rows = connection.execute(_ON_PAPER, {"paper": paper_id}).all()
     answered = {row.parent_id for row in rows if row.removed is None}
     kept = [row for row in rows if row.removed is None or row.id in answered]
     there = {row.id for row in kept}

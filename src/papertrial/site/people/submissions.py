@@ -210,16 +210,20 @@ def submissions_of(store: Store, user_id: int, limit: int = 50) -> list[Submissi
         ]
 
 
+#: Built once: every paper's page asks for it.
+_SUBMITTERS = (
+    sa.select(tables.submissions.c.paper_id, tables.users.c.id, tables.users.c.name, tables.users.c.full_name)
+    .join(tables.users, tables.users.c.id == tables.submissions.c.user_id)
+    .where(tables.submissions.c.paper_id.in_(sa.bindparam("papers", expanding=True)), tables.submissions.c.for_feed)
+    .order_by(tables.submissions.c.id.desc())
+)
+
+
 def submitters(store: Store, paper_ids: Sequence[int]) -> dict[int, Submitter]:
     """Who first brought papers into the feed, by paper."""
-    table, users = tables.submissions, tables.users
-    query = sa.select(table.c.paper_id, users.c.id, users.c.name, users.c.full_name).join(
-        users, users.c.id == table.c.user_id
-    )
     found: dict[int, Submitter] = {}
     with store.reading() as connection:
         for start in range(0, len(paper_ids), 500):
-            chosen = query.where(table.c.paper_id.in_(paper_ids[start : start + 500]), table.c.for_feed)
-            for row in connection.execute(chosen.order_by(table.c.id.desc())):
+            for row in connection.execute(_SUBMITTERS, {"papers": list(paper_ids[start : start + 500])}):
                 found[row.paper_id] = Submitter(row.id, row.name, row.full_name)
     return found

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from papertrial.feed.catalogue import Found
+    from papertrial.lab.applying import Applied
     from papertrial.lab.catalogue import Standing
     from papertrial.lab.claim import PaperCard
     from papertrial.lab.evidence import Evidence, TrialRecord
@@ -229,3 +230,34 @@ def print_json(data: Any) -> None:
     import json
 
     print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def print_options(console: Console, card: "PaperCard") -> None:
+    """The options of a paper's ``apply``."""
+    from papertrial.lab.apply_options import method_of, options_of
+
+    table = Table(title=f"papertrial apply {card.slug}", title_justify="left", title_style="bold")
+    for heading in ("option", "takes", "default", ""):
+        table.add_column(heading, overflow="fold")
+    for option in options_of(method_of(card).options, card.slug):
+        table.add_row(option.flag, escape(option.values), escape(str(option.default)), escape(option.help))
+    console.print(table)
+
+
+def print_applied(console: Console, applied: "Applied") -> None:
+    """What was done to a checkpoint, what it cost, and where it lies."""
+    console.print(escape(applied.summary), highlight=False)
+    table = Table()
+    for heading in ("", "before", "after", "change"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for what, name, form in (
+        ("parameters", "parameters", ",d"),
+        ("bytes of weights", "bytes", ",d"),
+        ("perplexity", "perplexity", ",.4g"),
+    ):
+        before, after = getattr(applied.before, name), getattr(applied.after, name)
+        table.add_row(what, f"{before:{form}}", f"{after:{form}}", f"{100 * (after / before - 1):+.1f} %")
+    console.print(table)
+    for name, value in applied.facts.items():
+        console.print(f"{escape(name)}: {escape(str(value))}", highlight=False)
+    console.print(f"written: {escape(str(applied.folder))}", highlight=False, soft_wrap=True)

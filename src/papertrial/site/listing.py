@@ -173,7 +173,7 @@ def neighbours(store: Store, period: str) -> tuple[str | None, str | None]:
 def period_of(day: date, kind: str) -> str:
     """The day, ISO week or month that a day is in, as text."""
     if kind == "month":
-        return f"{day:%Y-%m}"
+        return f"{day.year:04d}-{day.month:02d}"
     if kind == "week":
         year, week, _ = day.isocalendar()
         return f"{year:04d}-W{week:02d}"

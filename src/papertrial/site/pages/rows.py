@@ -37,7 +37,9 @@ class Row:
     def snippet(self) -> str:
         """The beginning of the shortest description there is."""
         text = self.paper.summary or self.paper.ai_summary or self.paper.abstract or ""
-        return text if len(text) <= SNIPPET else text[:SNIPPET].rsplit(" ", 1)[0].rstrip(" ,;:.") + " …"
+        return (
+            text if len(text) <= SNIPPET else text[:SNIPPET].rsplit(" ", 1)[0].rstrip(" ,;:.") + "\N{NO-BREAK SPACE}…"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ dependencies `MaybeReader`, `SignedIn`, `Writer` or `Admin`.
 """
 
 import logging
+import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from datetime import date, datetime
@@ -31,6 +32,8 @@ from papertrial.site.people.recommend import Recommender
 from papertrial.site.settings import Settings
 
 log = logging.getLogger("papertrial.site")
+#: How long a search waits for the index of a new catalogue.
+FIRST_INDEX_SECONDS = 15.0
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
@@ -43,6 +46,7 @@ class Context:
     limiter: Limiter
     board: Board = field(default_factory=Board)
     cache: Cache = field(default_factory=Cache)
+    _indexed: bool = False
     #: Numbers of similar papers: small, many, and dear to find.
     similar: Cache = field(default_factory=lambda: Cache(entries=50_000))
 
@@ -85,12 +89,30 @@ class Context:
     def search(
         self, query: str, limit: int = 20, *, mode: Mode = "hybrid", filters: Filters | None = None, offset: int = 0
     ) -> Found:
-        """Search, and fetch the papers found, best first."""
+        """Search, and fetch the papers found, best first.
+
+        Raises
+        ------
+        Problem
+            503 while the index is made for the first time: to find nothing then would be untrue.
+        """
+        self._wait_for_first_index()
         result = self.index.search(query, limit, mode, filters, offset=offset)
         papers = self.store.by_ids([hit.key for hit in result.hits])
         kept = [(hit, paper) for hit, paper in zip(result.hits, papers, strict=True) if paper is not None]
         shown = SearchResult(tuple(hit for hit, _ in kept), result.mode, result.took_ms, result.notice)
         return Found(shown, tuple(paper for _, paper in kept), result.notice)
+
+    def _wait_for_first_index(self) -> None:
+        if self._indexed:
+            return
+        end = time.monotonic() + FIRST_INDEX_SECONDS
+        while self.index.revision == 0 and self.store.revision() > 0:
+            if time.monotonic() > end:
+                message = "search is being prepared for the first time; try again in a minute"
+                raise Problem(503, message, headers={"Retry-After": "30"})
+            time.sleep(0.1)
+        self._indexed = True
 
     def close(self) -> None:
         self.store.close()

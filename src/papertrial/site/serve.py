@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from papertrial.errors import PapertrialError, UsageError
 from papertrial.feed.store import Store
+from papertrial.site import address
 from papertrial.site.app import create_app
 from papertrial.site.people import accounts
 from papertrial.site.settings import Settings, read_settings
@@ -85,7 +86,7 @@ def take_port(host: str, port: int) -> list[socket.socket]:
         raise UsageError(f"host is {host[:80]!r}, which is no address of this machine") from None
     taken: list[socket.socket] = []
     problem: OSError | None = None
-    for family, kind, protocol, _, address in dict.fromkeys(found):
+    for family, kind, protocol, _, place in dict.fromkeys(found):
         try:
             opened = socket.socket(family, kind, protocol)
         except OSError as error:  # a protocol that this machine does not speak
@@ -95,7 +96,7 @@ def take_port(host: str, port: int) -> list[socket.socket]:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            opened.bind((address[0], taken[0].getsockname()[1] if taken else port, *address[2:]))
+            opened.bind((place[0], taken[0].getsockname()[1] if taken else port, *place[2:]))
             opened.listen(2048)
         except OSError as error:
             opened.close()
@@ -161,8 +162,12 @@ def worker_app() -> FastAPI:
 
 
 def _prepare(settings: Settings) -> None:
-    """Once, before any worker: the schema, the administrator, and on first start the link that signs him in."""
+    """Once, before any worker: the schema, our address for commands beside us, the administrator.
+
+    On first start it shows the link that signs the administrator in.
+    """
     with Store.open(settings.database) as store:
+        address.note(store, settings)
         email = accounts.ensure_admin(store, settings.admin_email)
         if email is not None:
             token = accounts.make_sign_in_link(store, email, minutes=24 * 60, unlimited=True)
@@ -188,6 +193,7 @@ def admin_link(database: str | None = None, **settings: Any) -> str:
 
     chosen = read_settings(database=database, **settings)
     with Store.open(chosen.database) as store:
+        chosen = address.with_known_address(store, chosen)
         accounts.ensure_admin(store, chosen.admin_email)
         with store.reading() as connection:
             email = connection.execute(sa.select(users.c.email).where(users.c.role == "admin")).scalars().first()

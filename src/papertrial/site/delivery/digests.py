@@ -15,6 +15,7 @@ import jinja2
 from papertrial.errors import PapertrialError
 from papertrial.feed.store import Store, utc_now
 from papertrial.site import upkeep
+from papertrial.site.address import with_known_address
 from papertrial.site.board import Entry
 from papertrial.site.context import Context
 from papertrial.site.delivery import queue, subscriptions
@@ -220,7 +221,7 @@ def _deliver(here: Context, digest: Digest, recommender: Recommender, now: Calla
 
 
 def send_digests(settings: Settings) -> Outcome:
-    """Send every digest that is due: what ``papertrial digests`` does, from cron or by hand, beside a running service.
+    """Send every digest that is due: what ``papertrial digest`` does, from cron or by hand, beside a running service.
 
     Raises
     ------
@@ -228,6 +229,7 @@ def send_digests(settings: Settings) -> Outcome:
         The database or the home folder cannot be used, or the mail server's address is wrong.
     """
     with Store.open(settings.database) as store:
+        settings = with_known_address(store, settings)
         here = Context(settings, store, Limiter(settings))
         _ = here.mailer  # a wrong address is told at once, not once a letter
         upkeep.prepare(here)

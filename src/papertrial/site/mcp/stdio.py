@@ -4,6 +4,7 @@ import threading
 
 from papertrial.feed.store import Store
 from papertrial.site import upkeep
+from papertrial.site.address import with_known_address
 from papertrial.site.context import Context
 from papertrial.site.limits import Limiter
 from papertrial.site.mcp.server import make_server
@@ -22,6 +23,7 @@ def serve_stdio(settings: Settings) -> None:
         The database or the home folder cannot be used.
     """
     with Store.open(settings.database) as store:
+        settings = with_known_address(store, settings)
         here = Context(settings, store, Limiter(settings))
         upkeep.prepare(here)
         # A new catalogue takes seconds to index; a client does not wait that long for an answer to its greeting.

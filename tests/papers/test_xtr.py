@@ -1,0 +1,407 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from families import tiny_model, tiny_tokenizer
+from papertrial.errors import UsageError
+from papertrial.lm.datastore import Neighbours
+from papertrial.lm.encoders import token_states
+from papertrial.lm.models import Checkpoint
+from papertrial.papers.retrieval.xtr.method import (
+    ColBERTRetriever,
+    TokenEncoder,
+    TokenIndex,
+    XTRRetriever,
+    aggregate,
+    colbert_loss,
+    maxsim,
+    multiply_adds,
+    retrieved_tokens,
+    token_recall,
+    token_similarities,
+    train_encoder,
+    xtr_loss,
+    xtr_score,
+)
+
+
+def vectors(*shape, seed=0):
+    return normalize(torch.randn(*shape, 8, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def mask(lengths, width):
+    return (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
+
+
+def batch():
+    """3 queries, 4 documents, padded."""
+    return vectors(3, 5), vectors(4, 7, seed=1), mask([5, 3, 1], 5), mask([7, 4, 1, 6], 7)
+
+
+def corpus(documents=30, seed=0):
+    draw = np.random.default_rng(seed)
+    return [vectors(int(draw.integers(1, 9)), seed=seed * 1000 + place) for place in range(documents)]
+
+
+# -- training ----------------------------------------------------------------------------------------------------
+
+
+def test_maxsim_equals_loops_over_real_tokens():
+    q, d, qm, dm = batch()
+    found = maxsim(q, d, qm, dm)
+    for b in range(3):
+        for c in range(4):
+            best = [max(float(x @ y) for y in d[c, : dm[c].sum()]) for x in q[b, : qm[b].sum()]]
+            assert float(found[b, c]) == pytest.approx(sum(best) / len(best), abs=1e-6)
+
+
+def test_each_query_token_retrieves_its_best_tokens_of_the_whole_batch_and_padding_none():
+    q, d, qm, dm = batch()
+    similarities = token_similarities(q, d, qm, dm)
+    chosen = retrieved_tokens(similarities, 6)
+    for b in range(3):
+        for i in range(5):
+            pool = [(float(q[b, i] @ d[c, j]), c, j) for c in range(4) for j in range(int(dm[c].sum()))]
+            expected = {(c, j) for _, c, j in sorted(pool, reverse=True)[:6]} if qm[b, i] else set()
+            assert set(map(tuple, chosen[b, i].nonzero().tolist())) == expected
+
+
+def test_training_score_equals_the_definition():
+    q, d, qm, dm = batch()
+    found = xtr_score(q, d, qm, dm, 4)
+    chosen = retrieved_tokens(token_similarities(q, d, qm, dm), 4)
+    assert not chosen.any(3)[qm.bool()].all(), "otherwise no query token misses a document here"
+    for b in range(3):
+        for c in range(4):
+            best = [
+                max(float(q[b, i] @ d[c, j]) for j in row.nonzero()[:, 0])
+                for i in range(5)
+                if (row := chosen[b, i, c]).any()
+            ]
+            expected = sum(best) / len(best) if best else 0.0
+            assert float(found[b, c]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_retrieving_everything_is_maxsim_in_value_and_gradient():
+    q, d, qm, dm = batch()
+    grads = []
+    for score in (lambda *x: maxsim(*x), lambda *x: xtr_score(*x, 18)):  # 18 real document tokens
+        a, b = q.clone().requires_grad_(), d.clone().requires_grad_()
+        out = score(a, b, qm, dm)
+        grads.append((out, *torch.autograd.grad((out * torch.arange(12.0).view(3, 4)).sum(), (a, b))))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+def test_tokens_that_were_not_retrieved_get_no_gradient():
+    q, d, qm, dm = batch()
+    d = d.requires_grad_()
+    xtr_loss(q, d, qm, dm, k_train=3, scale=20.0).backward()
+    reached = retrieved_tokens(token_similarities(q, d, qm, dm), 3).any(0).any(0)
+    assert not d.grad[~reached].any()
+    assert d.grad[reached].any()
+
+
+def test_a_document_without_retrieved_tokens_scores_zero_and_the_loss_is_finite():
+    q, d, qm, dm = batch()
+    d[2] = -q[0, 0]  # far from the first query
+    q[0] = q[0, 0]
+    scores = xtr_score(q, d, qm, dm, 2)
+    assert scores[0, 2] == 0
+    a, b = q.clone().requires_grad_(), d.clone().requires_grad_()
+    loss = xtr_loss(a, b, qm, dm, k_train=2, scale=20.0, positives=torch.tensor([2, 1, 0]))
+    loss.backward()
+    assert loss.isfinite()
+    assert a.grad.isfinite().all()
+    assert b.grad.isfinite().all()
+
+
+def test_order_of_documents_and_padding_change_nothing():
+    q, d, qm, dm = batch()
+    scores = xtr_score(q, d, qm, dm, 5)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(xtr_score(q, d[order], qm, dm[order], 5), scores[:, order])
+    wide = torch.cat([d, torch.full((4, 3, 8), 7.0)], 1)
+    torch.testing.assert_close(xtr_score(q, wide, qm, mask([7, 4, 1, 6], 10), 5), scores)
+
+
+def test_losses_are_cross_entropies_of_scaled_scores():
+    q, d, qm, dm = batch()
+    for loss, score in (
+        (xtr_loss(q, d, qm, dm, k_train=5, scale=9.0), xtr_score(q, d, qm, dm, 5)),
+        (colbert_loss(q, d, qm, dm, scale=9.0), maxsim(q, d, qm, dm)),
+    ):
+        expected = [-(9 * score[b, b]) + (9 * score[b]).exp().sum().log() for b in range(3)]
+        torch.testing.assert_close(loss, torch.stack(expected).mean())
+
+
+def test_training_objectives_refuse_what_does_not_fit():
+    q, d, qm, dm = batch()
+    for call, message in [
+        (lambda: xtr_score(q, d, qm, dm, 19), "18 document tokens"),
+        (lambda: xtr_score(q, d, qm, dm, 0), "k_train"),
+        (lambda: maxsim(q, d[..., :5], qm, dm), "queries and documents"),
+        (lambda: maxsim(q, d, qm[:, :3], dm), "query_mask must be"),
+        (lambda: maxsim(q, d, qm, dm * 0), "document has no token"),
+        (lambda: xtr_loss(q, d[:2], qm, dm[:2], k_train=3, scale=1.0), "a document each"),
+        (lambda: colbert_loss(q, d, qm, dm, scale=0.0), "scale"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# -- retrieval ---------------------------------------------------------------------------------------------------
+
+
+def in_words(near, document_of, impute):
+    """The aggregation in words."""
+    values = {}
+    for i, (scores, tokens) in enumerate(zip(near.scores.tolist(), near.indices.tolist(), strict=True)):
+        for score, token in zip(scores, tokens, strict=True):
+            if token >= 0 and not math.isnan(score):
+                mine = values.setdefault(int(document_of[token]), {})
+                mine[i] = max(score, mine.get(i, -math.inf))
+    kept = [
+        [s for s, t in zip(*row, strict=True) if t >= 0 and not math.isnan(s)]
+        for row in zip(near.scores.tolist(), near.indices.tolist(), strict=True)
+    ]
+    missing = {"last": [min(k) for k in kept], "mean": [sum(k) / len(k) for k in kept], "zero": [0.0] * len(kept)}[
+        impute
+    ]
+    result = {c: sum(mine.get(i, missing[i]) for i in range(len(kept))) / len(kept) for c, mine in values.items()}
+    return sorted(result.items(), key=lambda item: (-item[1], item[0]))
+
+
+@pytest.mark.parametrize("impute", ["last", "mean", "zero"])
+@pytest.mark.parametrize("seed", range(4))
+def test_aggregation_equals_dictionaries_also_with_ties_and_gaps(seed, impute):
+    draw = np.random.default_rng(seed)
+    document_of = torch.from_numpy(np.sort(draw.integers(0, 9, 40)))
+    scores = torch.from_numpy(-np.sort(-draw.integers(0, 6, (5, 12)), axis=1)).float()
+    tokens = torch.from_numpy(np.stack([draw.permutation(40)[:12] for _ in range(5)]))
+    tokens[2, 9:] = -1
+    scores[2, 9:] = -torch.inf
+    scores[3, 11] = torch.nan
+    near = Neighbours(scores, tokens)
+    found = aggregate(near, document_of, impute)
+    expected = in_words(near, document_of, impute)
+    assert found.documents.tolist() == [document for document, _ in expected]
+    torch.testing.assert_close(found.scores, torch.tensor([score for _, score in expected]), atol=1e-6, rtol=1e-6)
+    hit = found.retrieved >= 0
+    assert torch.equal(document_of[found.retrieved[hit]], found.documents[:, None].expand_as(hit)[hit])
+    if impute == "last":
+        assert torch.equal(found.scores, found.values.mean(1))
+
+
+def test_retrieving_every_token_is_full_maxsim():
+    documents, query = corpus(), vectors(6, seed=77)
+    index = TokenIndex.build(documents)
+    expected = torch.stack([(query @ d.T).amax(1).mean() for d in documents])
+    hits = XTRRetriever(index).search(query, k_prime=10_000, top=30)
+    assert [hit.document for hit in hits] == expected.argsort(descending=True).tolist()
+    torch.testing.assert_close(torch.tensor([h.score for h in hits]), expected.sort(descending=True).values)
+    again = ColBERTRetriever(index).search(query, k_prime=10_000, top=30)
+    assert [h.document for h in again] == [h.document for h in hits]
+    assert [h.retrieved for h in again] == [h.retrieved for h in hits], "the matched tokens are those of MaxSim"
+
+
+def test_scores_are_upper_bounds_of_maxsim_and_fall_as_more_is_retrieved():
+    documents, query = corpus(), vectors(6, seed=77)
+    index = TokenIndex.build(documents)
+    before = {}
+    for k_prime in (1, 2, 5, 20, 60, index.tokens):
+        scores = {hit.document: hit.score for hit in XTRRetriever(index).search(query, k_prime=k_prime, top=99)}
+        for document, score in scores.items():
+            assert score >= float((query @ documents[document].T).amax(1).mean()) - 1e-6
+            assert score <= before.get(document, math.inf) + 1e-6
+        assert before.keys() <= scores.keys()
+        before = scores
+    assert len(before) == 30
+
+
+def test_candidates_of_both_are_the_owners_of_retrieved_tokens_and_colbert_scores_them_in_full():
+    documents, query = corpus(), vectors(6, seed=77)
+    index = TokenIndex.build(documents)
+    near = index.search(query, 4)
+    owners = set(index.document_of[near.indices].flatten().tolist())
+    assert 6 < len(owners) < 30
+    xtr, colbert = (
+        XTRRetriever(index).search(query, k_prime=4, top=99),
+        ColBERTRetriever(index).search(query, k_prime=4, top=99),
+    )
+    assert {h.document for h in xtr} == {h.document for h in colbert} == owners
+    for hit in colbert:
+        assert hit.score == pytest.approx(float((query @ documents[hit.document].T).amax(1).mean()), abs=1e-6)
+    assert any(-1 in h.retrieved for h in xtr)
+
+
+def test_index_in_half_precision_or_approximate_finds_the_same_and_is_smaller():
+    documents, query = corpus(300), vectors(6, seed=77)
+    exact = TokenIndex.build(documents)
+    half = TokenIndex.build(documents, dtype="float16")
+    lists = TokenIndex.build(documents, kind="ivfpq")
+    assert lists.nbytes < half.nbytes < exact.nbytes
+    assert half.digest != exact.digest == TokenIndex.build(documents).digest
+    one, other = exact.search(query, 20), half.search(query, 20)
+    torch.testing.assert_close(one.scores, other.scores, atol=2e-3, rtol=0)  # eleven bits
+    # eight numbers in one byte lose much, but three times what chance would find comes back
+    overlap = [
+        len({*a} & {*b}) for a, b in zip(lists.search(query, 20).indices.tolist(), one.indices.tolist(), strict=True)
+    ]
+    assert np.mean(overlap) > 20 * 20 / exact.tokens * 3
+
+
+def test_token_recall_and_operations_are_counted():
+    near = Neighbours(torch.zeros(4, 3), torch.tensor([[0, 5, 9], [5, 6, 0], [8, 9, 7], [9, -1, -1]]))
+    document_of = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, 2, 2])
+    assert token_recall(near, document_of, 1, 1) == 0.25
+    assert token_recall(near, document_of, 1, 3) == 0.5
+    assert token_recall(near, document_of, 2, 3) == 0.75
+    size = {"n": 4, "k_prime": 3, "candidates": 3, "candidate_tokens": 10, "dim": 128}
+    assert multiply_adds("colbert", **size) == 4 * 10 * 128
+    assert multiply_adds("xtr", **size) == 4 * 3 + 4 * 3
+    for call in (
+        lambda: token_recall(near, document_of, 1, 4),
+        lambda: multiply_adds("other", **size),
+        lambda: multiply_adds("xtr", **{**size, "n": 0}),
+    ):
+        with pytest.raises(ValueError, match=r"k must|mode must|at least 1"):
+            call()
+
+
+def test_indices_refuse_what_is_no_corpus():
+    for documents, message in [
+        ([], "corpus is empty"),
+        ([vectors(2), 3 * vectors(2)], "length 1"),
+        ([vectors(2), vectors(2)[:, :4]], "same d"),
+        ([vectors(2), vectors(0)], "at least one token per document"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            TokenIndex.build(documents)
+    index = TokenIndex.build(corpus(3))
+    for retriever in (XTRRetriever(index), ColBERTRetriever(index)):
+        with pytest.raises(ValueError, match="at least 1"):
+            retriever.search(vectors(2), k_prime=0)
+    with pytest.raises(ValueError, match="queries must be"):
+        XTRRetriever(index).search(vectors(2)[:, :4])
+    with pytest.raises(ValueError, match="impute"):
+        XTRRetriever(index).search(vectors(2), impute="other")
+    with pytest.raises(ValueError, match="retrieved nothing"):
+        aggregate(Neighbours(torch.full((2, 3), -torch.inf), torch.full((2, 3), -1)), torch.zeros(5, dtype=torch.long))
+
+
+# -- the encoder -------------------------------------------------------------------------------------------------
+
+
+TEXTS = ["the cat sat on the mat", "a dog", "the quick brown fox jumps over the lazy dog then"]
+
+
+@pytest.fixture(params=["bert", "roberta"])
+def checkpoint(request, tmp_path):
+    model = tiny_model(request.param)
+    model.base_model.save_pretrained(tmp_path / "model")
+    return Checkpoint(model.base_model, tiny_tokenizer(), str(tmp_path / "model"), tmp_path / "model")
+
+
+def test_tokens_are_projected_unit_vectors_whatever_stands_beside_them(checkpoint):
+    encoder = TokenEncoder(checkpoint, 12, generator=torch.Generator().manual_seed(0))
+    together = encoder.encode(TEXTS)
+    for text, found in zip(TEXTS, together, strict=True):
+        ids = torch.tensor([checkpoint.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            hidden = checkpoint.model(input_ids=ids).last_hidden_state[0]
+        expected = hidden @ encoder.projection.weight.T
+        torch.testing.assert_close(found, expected / expected.norm(dim=1, keepdim=True), atol=1e-5, rtol=1e-4)
+    assert TokenEncoder(checkpoint, None).dim == checkpoint.model.config.hidden_size
+
+
+@pytest.mark.parametrize("trained_layers", [1, 2])
+def test_kept_states_go_through_the_trained_layers_as_in_the_whole_model(checkpoint, trained_layers):
+    encoder = TokenEncoder(checkpoint, 12, trained_layers=trained_layers)
+    ids = [checkpoint.tokenizer(text)["input_ids"] for text in TEXTS]
+    width = max(map(len, ids))
+    padded = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+    real = mask([len(row) for row in ids], width)
+    with torch.no_grad():
+        states = checkpoint.model(input_ids=padded, attention_mask=real, output_hidden_states=True).hidden_states
+        found = encoder(states[2 - trained_layers], real)
+        whole = encoder(padded, real)
+    torch.testing.assert_close(found[real.bool()], whole[real.bool()], atol=1e-5, rtol=1e-4)
+
+
+def test_only_the_trained_layers_and_the_projection_learn(checkpoint):
+    encoder = TokenEncoder(checkpoint, 12, trained_layers=1)
+    names = {name for name, p in encoder.named_parameters() if p.requires_grad}
+    assert names
+    assert all(name.startswith(("projection.", "model.encoder.layer.1.")) for name in names)
+    count = sum(p.numel() for p in checkpoint.model.encoder.layer[1].parameters()) + 12 * 32
+    assert sum(p.numel() for p in encoder.parameters() if p.requires_grad) == count
+
+
+def test_a_trained_encoder_comes_back_from_disk_and_damage_is_named(checkpoint, tmp_path):
+    encoder = TokenEncoder(checkpoint, 12, trained_layers=1, max_length=9)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    checkpoint.tokenizer.save_pretrained(checkpoint.folder)
+    encoder.save(tmp_path / "xtr")
+    back = TokenEncoder.load(tmp_path / "xtr")
+    for one, other in zip(encoder.encode(TEXTS), back.encode(TEXTS), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        assert len(one) <= 9
+    with pytest.raises(UsageError, match="no trained token encoder"):
+        TokenEncoder.load(tmp_path / "nothing")
+    card = (tmp_path / "xtr" / "xtr.json").read_text()
+    for changed, message in [
+        (card.replace(checkpoint.digest[:8], "00000000"), "another version"),
+        (card.replace('"dim": 12', '"dim": 13'), "does not hold the weights"),
+        (card.replace('"trained_layers": 1', '"trained_layers": 9'), "cannot be read"),
+        ("{", "cannot be read"),
+    ]:
+        (tmp_path / "xtr" / "xtr.json").write_text(changed)
+        with pytest.raises(UsageError, match=message):
+            TokenEncoder.load(tmp_path / "xtr")
+
+
+@pytest.mark.parametrize("objective", ["xtr", "colbert"])
+def test_training_on_kept_states_finds_the_right_document_more_often(checkpoint, objective):
+    words = ["cat", "dog", "fox", "mat", "hat", "rat", "bat", "log"]
+    queries = [f"the {word} sat" for word in words]
+    documents = [f"quick brown {word} over the lazy {word}" for word in words]
+    encoder = TokenEncoder(checkpoint, 12, trained_layers=1, generator=torch.Generator().manual_seed(0))
+    states = [token_states(checkpoint, texts, layer=-2, max_length=32) for texts in (queries, documents)]
+
+    def margin():
+        index = TokenIndex.build(encoder.encode(documents))
+        found = [XTRRetriever(index).search(q, k_prime=index.tokens, top=8) for q in encoder.encode(queries)]
+        scores = [{hit.document: hit.score for hit in hits} for hits in found]
+        return np.mean([s[place] - np.mean(list(s.values())) for place, s in enumerate(scores)])
+
+    before = margin()
+    settings = {"k_train": 8} if objective == "xtr" else {}
+    report = train_encoder(
+        encoder, *states, objective=objective, steps=30, batch_size=4, lr=3e-3, scale=20.0,
+        generator=torch.Generator().manual_seed(0), **settings,
+    )  # fmt: skip
+    assert np.mean(report.losses[-5:]) < np.mean(report.losses[:5])
+    assert margin() > before + 0.02
+    with pytest.raises(ValueError, match="k_train"):
+        train_encoder(encoder, *states, objective="xtr", steps=1, generator=torch.Generator())
+    with pytest.raises(ValueError, match="objective"):
+        train_encoder(encoder, *states, objective="other", steps=1, generator=torch.Generator())
+    with pytest.raises(ValueError, match="batch_size"):
+        train_encoder(encoder, *states, objective="colbert", steps=1, batch_size=9, generator=torch.Generator())
+
+
+def test_decoders_and_impossible_sizes_are_refused(checkpoint):
+    decoder = tiny_model("llama")
+    with pytest.raises(ValueError, match="left to right"):
+        TokenEncoder(Checkpoint(decoder, tiny_tokenizer(), "llama", checkpoint.folder))
+    with pytest.raises(ValueError, match="trained_layers"):
+        TokenEncoder(checkpoint, trained_layers=3)
+    with pytest.raises(ValueError, match="dim"):
+        TokenEncoder(checkpoint, 0)

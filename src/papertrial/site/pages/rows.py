@@ -11,6 +11,7 @@ from papertrial.site.board import Entry
 from papertrial.site.context import Context
 from papertrial.site.listing import Shown, show
 from papertrial.site.pages import effect_plot
+from papertrial.site.pages.excerpts import excerpt, searched_words
 from papertrial.site.people import tags, votes
 from papertrial.site.people.accounts import Reader
 
@@ -19,7 +20,10 @@ SNIPPET = 280
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a list shows of a paper; `because` are the words that speak for a recommendation, `note` its owner's."""
+    """What a list shows of a paper.
+
+    `because` are the words that speak for a recommendation, `note` is its owner's, `excerpt` is what a search found.
+    """
 
     shown: Shown
     entry: Entry | None
@@ -28,15 +32,21 @@ class Row:
     tags: tuple[str, ...] = ()
     note: str = ""
     because: tuple[tuple[str, float], ...] = ()
+    excerpt: Markup | None = None
 
     @property
     def paper(self) -> Paper:
         return self.shown.paper
 
     @property
+    def description(self) -> str:
+        """The shortest description there is."""
+        return self.paper.summary or self.paper.ai_summary or self.paper.abstract or ""
+
+    @property
     def snippet(self) -> str:
-        """The beginning of the shortest description there is."""
-        text = self.paper.summary or self.paper.ai_summary or self.paper.abstract or ""
+        """The beginning of the description."""
+        text = self.description
         return (
             text if len(text) <= SNIPPET else text[:SNIPPET].rsplit(" ", 1)[0].rstrip(" ,;:.") + "\N{NO-BREAK SPACE}…"
         )
@@ -74,6 +84,12 @@ def rows_of_ids(here: Context, reader: Reader | None, ids: Sequence[int]) -> lis
 def explained(found: Iterable[Row], words: dict[int, tuple[tuple[str, float], ...]]) -> list[Row]:
     """Rows with the words that speak for each."""
     return [replace(row, because=words.get(row.paper.id, ())) for row in found]
+
+
+def searched(found: Iterable[Row], query: str) -> list[Row]:
+    """Rows with the part of their description that a search is about."""
+    words = searched_words(query)
+    return [replace(row, excerpt=excerpt(row.description, words)) for row in found]
 
 
 def by_day(found: Iterable[Row]) -> list[Day]:

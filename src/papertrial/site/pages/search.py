@@ -12,7 +12,7 @@ from papertrial.site.context import Context, Here, MaybeReader
 from papertrial.site.errors import Problem
 from papertrial.site.fields import Query250
 from papertrial.site.listing import show
-from papertrial.site.pages.rows import rows
+from papertrial.site.pages.rows import rows, searched
 from papertrial.site.pages.serving import page, with_query
 from papertrial.site.people.accounts import Reader
 
@@ -102,7 +102,7 @@ def _found(here: Context, reader: Reader | None, chosen: dict[str, str], filters
         return empty
     more = len(papers) > PER_PAGE and p < LAST_PAGE
     return {
-        "rows": rows(here, reader, show(here.store, papers[:PER_PAGE])),
+        "rows": searched(rows(here, reader, show(here.store, papers[:PER_PAGE])), chosen["q"]),
         "next_page": with_query("/search", **chosen, p=p + 1) if more else None,
         "previous_page": with_query("/search", **chosen, p=p - 1) if p else None,
         "notice": notice,

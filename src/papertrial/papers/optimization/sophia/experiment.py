@@ -45,30 +45,32 @@ SCALES: dict[str, dict[str, Any]] = {
         "steps": 300, "warmup": 0.1, "floor": 0.05, "evaluate_every": 25, "precision": "fp32",
         "k": 5, "curvature_rows": {"sophia_g": 8, "sophia_h": 2},
         "settings": {
-            "adamw": {"lr": 4.5e-3, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.1},
-            "sophia_g": {"lr": 2e-3, "beta1": 0.7, "beta2": 0.95, "rho": 0.02, "weight_decay": 0.1},
-            "sophia_g_half": {"lr": 2e-3, "beta1": 0.7, "beta2": 0.95, "rho": 0.02, "weight_decay": 0.1},
-            "sophia_h": {"lr": 2e-3, "beta1": 0.7, "beta2": 0.95, "rho": 0.01, "weight_decay": 0.1},
-            "sign_momentum": {"lr": 2e-3, "beta1": 0.7, "weight_decay": 0.1},
+            "adamw": {"lr": 4.5e-3, "beta1": 0.8, "beta2": 0.99, "weight_decay": 0.1},
+            "sophia_g": {"lr": 4.2e-3, "beta1": 0.6, "beta2": 0.95, "rho": 0.1, "weight_decay": 0.1},
+            "sophia_g_half": {"lr": 2e-3, "beta1": 0.6, "beta2": 0.95, "rho": 0.02, "weight_decay": 0.1},
+            "sophia_h": {"lr": 4.2e-3, "beta1": 0.5, "beta2": 0.95, "rho": 0.01, "weight_decay": 0.1},
+            "sign_momentum": {"lr": 3e-3, "beta1": 0.6, "weight_decay": 0.1},
         },
         "grids": {
             "adamw": {
-                "lr": [3e-3, 4.5e-3, 7e-3, 1e-2], "beta1": [0.7, 0.8, 0.9], "beta2": [0.95, 0.99],
+                "lr": [3e-3, 4.5e-3, 7e-3, 1e-2], "beta1": [0.6, 0.7, 0.8, 0.9], "beta2": [0.95, 0.99],
                 "weight_decay": [0.1],
             },
             "sophia_g": {
-                "lr": [1.4e-3, 2e-3, 3e-3], "beta1": [0.6, 0.7, 0.8], "beta2": [0.95], "rho": [0.02, 0.1],
-                "weight_decay": [0.1],
+                "lr": [2e-3, 3e-3, 4.2e-3, 6e-3], "beta1": [0.5, 0.6, 0.7, 0.8], "beta2": [0.95],
+                "rho": [0.02, 0.1], "weight_decay": [0.1],
             },
             "sophia_g_half": {
-                "lr": [2e-3, 3e-3], "beta1": [0.6, 0.7, 0.8], "beta2": [0.95], "rho": [0.02],
+                "lr": [1.4e-3, 2e-3, 3e-3], "beta1": [0.6, 0.7, 0.8], "beta2": [0.95], "rho": [0.02],
                 "weight_decay": [0.1],
             },
             "sophia_h": {
-                "lr": [2e-3, 3e-3], "beta1": [0.6, 0.7, 0.8], "beta2": [0.95], "rho": [0.01],
+                "lr": [2e-3, 3e-3, 4.2e-3, 6e-3], "beta1": [0.5, 0.6, 0.7, 0.8], "beta2": [0.95], "rho": [0.01],
                 "weight_decay": [0.1],
             },
-            "sign_momentum": {"lr": [2e-3, 3e-3], "beta1": [0.6, 0.7, 0.8], "weight_decay": [0.1]},
+            "sign_momentum": {
+                "lr": [2e-3, 3e-3, 4.2e-3, 6e-3], "beta1": [0.5, 0.6, 0.7, 0.8], "weight_decay": [0.1],
+            },
         },
         "toy": {
             "condition_numbers": [1, 10, 100, 1000, 10000], "dimensions": 4, "spread": 2.0,

@@ -21,6 +21,8 @@ from papertrial.site.context import Context
 #: Seconds between two fetches of a source, and after one that failed.
 EVERY = {"huggingface": 3600.0, "arxiv": 6 * 3600.0}
 RETRY = 900.0
+#: Seconds that the service runs before its first fetch.
+AFTER = 5.0
 #: Days that the first fetch of a source goes back.
 FIRST_DAYS = {"huggingface": 7, "arxiv": 3}
 _LEASE = 3600.0
@@ -45,7 +47,7 @@ def jobs(here: Context) -> list[Job]:
         "arxiv": lambda: fetch_from_arxiv(here.store, here.settings.categories),
     }
     return [
-        Job(f"ingest {name}", EVERY[name], work[name], lease=_LEASE, apart=True, retry=RETRY, after=5.0)
+        Job(f"ingest {name}", EVERY[name], work[name], lease=_LEASE, apart=True, retry=RETRY, after=AFTER)
         for name in EVERY
         if name != "arxiv" or here.settings.categories
     ]

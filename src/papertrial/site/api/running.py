@@ -1,11 +1,13 @@
-"""How the service runs: the last ingests and their errors."""
+"""How the service runs: the last ingests and their errors, and when sources are fetched next."""
 
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
 from papertrial.feed.runs import recent_runs
+from papertrial.site import ingesting
 from papertrial.site.context import Here
+from papertrial.site.signing_in import iso
 
 router = APIRouter(tags=["service"])
 
@@ -29,4 +31,18 @@ def ingest_runs(
             "error": run.error,
         }
         for run in recent_runs(here.store, limit)
+    ]
+
+
+@router.get("/api/ingest-schedule")
+def ingest_schedule(here: Here) -> list[dict[str, Any]]:
+    """The sources that the service fetches by itself: the last fetch that succeeded, and when the next is due."""
+    return [
+        {
+            "source": source.name,
+            "every_seconds": source.every,
+            "last": iso(source.last) if source.last else None,
+            "next": iso(source.following) if source.following else None,
+        }
+        for source in ingesting.schedule(here)
     ]

@@ -69,7 +69,8 @@ def of_pick(here: Context, pick: Pick) -> Item:
     paper = pick.paper
     published = _at(paper.feed_day)
     judged = pick.entry.headline if pick.entry else None
-    parts = [Markup("<p>{}</p>").format(text) for text in (_byline(pick), pick.text) if text]
+    said = [text for text in (_byline(pick), pick.text) if text] or [paper.title]
+    parts = [Markup("<p>{}</p>").format(text) for text in said]
     if judged is not None:
         parts.insert(
             0,

@@ -22,6 +22,7 @@ from papertrial.lab.statistics import Interval
 from papertrial.lab.verdict import Judgement
 from papertrial.site import upkeep
 from papertrial.site.app import create_app
+from papertrial.site.board import Board
 from papertrial.site.pages import effect_plot, method_example
 from papertrial.site.pages.serving import local
 from papertrial.site.people import accounts
@@ -701,3 +702,34 @@ def test_pages_are_light(site: Site) -> None:
     static = sum(len(site.client.get(f"/static/{name}").content) for name in ("style.css", "pages.js", "icon.svg"))
     for address in PUBLIC:
         assert len(site.client.get(address).content) + static < 100_000
+
+
+def test_evidence_at_another_scale_has_an_address(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest scale is shown; smaller ones are a click away, each with its own verdict."""
+    root = write_papers(tmp_path)
+    folder = root / "decoding" / "sheep_upheld"
+    small = (folder / "evidence" / "small.json").read_text()
+    lost = (root / "decoding" / "sheep_contradicted" / "evidence" / "small.json").read_text()
+    gpu = lost.replace('"sheep_contradicted"', '"sheep_upheld"').replace('"scale": "small"', '"scale": "gpu"')
+    assert gpu.count('"gpu"') == 1, "the scale is written once"
+    (folder / "evidence" / "gpu.json").write_text(gpu)
+    monkeypatch.setattr(papertrial.papers, "__path__", [str(root)])
+    board = site.context.board
+    monkeypatch.setattr(site.context, "board", Board())
+    site.context.pages.clear()
+    try:
+        largest = site.client.get("/papers/sheep_upheld").text
+        assert re.search(r'<p class="word"><span class="badge contradicted">.*?</b> at gpu', largest, re.DOTALL)
+        other = re.search(r'<a href="([^"]+\?scale=small)#trial"', largest)
+        assert other is not None
+        text = site.client.get(other[1]).text
+        assert re.search(r'<p class="word"><span class="badge upheld">.*?</b> at small', text, re.DOTALL)
+        assert "papertrial run sheep_upheld --scale small" in text
+        assert "/figures/sheep_upheld/small/" in text
+        assert small != gpu
+        missing = site.client.get("/papers/sheep_upheld?scale=paper")
+        assert missing.status_code == 404
+        assert "scale" in missing.text
+    finally:
+        monkeypatch.setattr(site.context, "board", board)
+        site.context.pages.clear()

@@ -13,7 +13,7 @@ from papertrial.lab.claim import Claim
 from papertrial.lab.evidence import Evidence
 from papertrial.lab.report import repeat_command
 from papertrial.lab.summary import ArmRow, arm_rows
-from papertrial.lab.verdict import Judgement
+from papertrial.lab.verdict import Judgement, judge
 from papertrial.site.board import Entry
 from papertrial.site.pages import effect_plot
 from papertrial.site.pages.method_example import example
@@ -52,12 +52,12 @@ class MetricView:
 
 @dataclass(frozen=True)
 class TrialView:
-    """A paper's trial, ready to be shown."""
+    """A paper's trial, ready to be shown; ``scales`` has the headline verdict at each recorded scale, largest first."""
 
     entry: Entry
     claims: Sequence[ClaimView]
     evidence: Evidence | None
-    scales: Sequence[str]
+    scales: Sequence[Judgement]
     claimed: Sequence[MetricView]
     others: Sequence[MetricView]
     figures: Sequence[Picture]
@@ -65,11 +65,20 @@ class TrialView:
     example: str | None
 
 
-def trial_view(entry: Entry) -> TrialView:
-    """The trial of one paper, from its evidence at the largest scale."""
+def trial_view(entry: Entry, scale: str | None = None) -> TrialView:
+    """The trial of one paper, from its evidence at one of the recorded scales; None is the largest.
+
+    Raises
+    ------
+    KeyError
+        Nothing was recorded at that scale.
+    """
     card, recorded = entry.card, entry.standing.evidence
     judgements: Sequence[Judgement | None] = entry.judgements or [None] * len(card.claim)
     evidence = list(recorded.values())[-1] if recorded else None
+    if scale is not None:
+        evidence = recorded[scale]
+        judgements = [judge(claim, evidence) for claim in card.claim]
     claims = [
         ClaimView(
             claim,
@@ -84,7 +93,7 @@ def trial_view(entry: Entry) -> TrialView:
         entry,
         claims,
         evidence,
-        list(recorded),
+        [judge(card.headline, recorded[name]) for name in reversed(recorded)],
         claimed,
         others,
         _figures(entry, evidence) if evidence else [],

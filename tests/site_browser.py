@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Playwright, expect, sync_playwright
 
 import papertrial.papers
 from papers_on_trial import write_papers
@@ -23,6 +23,9 @@ CHROMIUM = "/usr/bin/chromium"
 DESKTOP = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 SMALLEST = {"width": 320, "height": 640}
+
+
+expect.set_options(timeout=20_000)  # a machine that does other work as well may be slow
 
 
 @dataclass
@@ -108,7 +111,7 @@ def reading(chromium: Browser, served: Server) -> Iterator[Reading]:
 
     def open_window(**options: object) -> BrowserContext:
         context = chromium.new_context(**{"viewport": DESKTOP, "base_url": served.url, **options})
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(20_000)
         context.on("weberror", lambda error: wrong.append(f"{error.page and error.page.url}: {error.error}"))
         context.on(
             "console",

@@ -31,12 +31,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import numpy as np
 import psutil
 from machine import machine
 from search_latency import Synthetic
+
+if TYPE_CHECKING:
+    from papertrial.feed.store import Store
 
 RATE, GOAL_MS, GOAL_RATE, GOAL_BYTES, GOAL_START = 300, 50.0, 300, 100_000, 2.0
 CONNECTIONS = 16
@@ -60,10 +64,8 @@ uvicorn.run(app, port={port}, access_log=False, log_config=None)
 
 def make_catalogue(home: Path, count: int) -> None:
     """Fill a home folder with a catalogue of so many papers and its search index."""
-    from papertrial.feed.catalogue import document, index_folder
     from papertrial.feed.ingest import ingest_scope
     from papertrial.feed.records import Record
-    from papertrial.feed.search import SearchIndex
     from papertrial.feed.store import Store
 
     synthetic, source = Synthetic(), np.random.default_rng(1)
@@ -94,16 +96,37 @@ def make_catalogue(home: Path, count: int) -> None:
                 number += 1
             store.upsert(made)
             print(f"  {store.count():,} papers", end="\r", flush=True)
-        index = SearchIndex(index_folder(), None)
-        revision = 0
-        while True:
-            changes, revision = store.changes_since(revision, 10_000)
-            if not changes:
-                break
-            papers = [document(change.paper) for change in changes if change.paper is not None]
-            index.add(papers, synthetic.vectors(len(papers)))
-        index.commit(store.revision())
+        make_index(store, synthetic)
     print(f"  {count:,} papers made and indexed in {home}")
+
+
+class Named:
+    """Stands for the encoder that the service will use, so that it takes the vectors made here for its own."""
+
+    def __init__(self) -> None:
+        from papertrial.feed import encoder
+
+        self.name = "given" if encoder.available() else encoder.shared_encoder().name
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        raise RuntimeError("nothing is encoded here")
+
+
+def make_index(store: "Store", synthetic: Synthetic) -> None:
+    """Index every paper, with a synthetic vector each."""
+    from papertrial.feed.catalogue import document, index_folder
+    from papertrial.feed.search import SearchIndex
+
+    index = SearchIndex(index_folder(), Named())
+    index.clear()
+    revision = 0
+    while True:
+        changes, revision = store.changes_since(revision, 10_000)
+        if not changes:
+            break
+        papers = [document(change.paper) for change in changes if change.paper is not None]
+        index.add(papers, synthetic.vectors(len(papers)))
+    index.commit(store.revision())
 
 
 # -- servers ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date, timedelta
 
@@ -540,3 +541,17 @@ def test_the_version_is_another_one_after_every_write_and_only_then(store):
     assert len(set(seen)) == len(seen)
     assert seen[-1] == store.version()
     assert first not in seen[1:]
+
+
+def test_a_held_view_shows_one_moment_to_its_thread_alone(store):
+    store.upsert([paper(1)])
+    with store.held():
+        assert store.count() == 1
+        with Store.open(store.engine.url.render_as_string(hide_password=False)) as elsewhere:
+            elsewhere.upsert([paper(2)])
+            assert elsewhere.count() == 2
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(store.count).result() == 2
+        with store.held():
+            assert store.find(paper(1).arxiv_id) is not None
+    assert store.count() == 2

@@ -13,6 +13,7 @@ Nothing else is edited to add a page.
 import importlib
 import logging
 import pkgutil
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import ModuleType
@@ -38,6 +39,8 @@ from papertrial.site.settings import Settings, read_settings
 log = logging.getLogger("papertrial.site")
 
 PACKAGES = ("api", "pages", "delivery", "syndication", "mcp")
+#: Routes are tried one after the other: those that are asked for most come first, in an order that they need.
+FIRST = ("pages.feed", "api.daily", "pages.paper")
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -81,7 +84,8 @@ def _modules() -> list[ModuleType]:
         parent = importlib.import_module(f"papertrial.site.{package}")
         names = sorted(module.name for module in pkgutil.iter_modules(parent.__path__))
         found += [importlib.import_module(f"papertrial.site.{package}.{name}") for name in names]
-    return found
+    first = [sys.modules[f"papertrial.site.{name}"] for name in FIRST]
+    return [*first, *(module for module in found if module not in first)]
 
 
 def _lifespan(here: Context, modules: list[ModuleType]) -> Any:

@@ -122,7 +122,7 @@ def _by_day(store: Store, selection: Selection, limit: int, offset: int) -> list
     one_day = one_day.where(*wanted).order_by(total.desc(), papers.c.id.desc())
     found: list[int] = []
     with store.reading() as connection:
-        for day, count in connection.execution_options(stream_results=True).execute(days):
+        for day, count in connection.execute(days, execution_options={"stream_results": True}):
             if offset >= count:
                 offset -= count
                 continue

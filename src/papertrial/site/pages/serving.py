@@ -27,9 +27,13 @@ def page(request: Request, reader: Reader | None, template: str, values: Values)
     """
     if reader is not None:
         return render(request, template, **values())
-    kept = context(request).pages.make(
-        (request.scope["path"], request.scope["query_string"]), lambda: render_text(request, template, **values())
-    )
+    here = context(request)
+
+    def text() -> str:
+        with here.store.held():
+            return render_text(request, template, **values())
+
+    kept = here.pages.make((request.scope["path"], request.scope["query_string"]), text)
     packed = "gzip" in request.headers.get("accept-encoding", "")
     status, headers, body = kept.answer(request.headers.get("if-none-match", ""), packed)
     response = Response(body, status)

@@ -127,6 +127,9 @@ def test_the_given_model_is_left_alone_unless_asked(family):
     prune(model, halves(model))
     assert model.config.to_dict() == config
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for plan in (halves(model), whole_plan(model)):  # nor does it share storage with what is made of it
+        taken = {parameter.data_ptr() for parameter in model.parameters()}
+        assert taken.isdisjoint(parameter.data_ptr() for parameter in prune(model, plan).parameters())
     expected = logits(prune(model, halves(model)))
     assert torch.equal(logits(prune(model, halves(model), inplace=True)), expected)
 

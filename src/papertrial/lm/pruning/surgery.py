@@ -43,10 +43,20 @@ def prune(model: PreTrainedModel, plan: Plan, *, inplace: bool = False) -> PreTr
     after = plan.sizes(model)  # complains before anything is touched
     for block in anatomy(model).blocks:
         _require_plain(block)
-    pruned = model if inplace else copy.deepcopy(model)
+    pruned = model if inplace else _copied(model)
     for block in anatomy(pruned).blocks:
         cut(block, plan.heads[block.index], plan.key_value_heads(block), plan.neurons[block.index])
     return ordinary.described(pruned, after)
+
+
+def _copied(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that shares the projections' weights for now: the cut puts slices in their place, in the copy only."""
+    shared = {}
+    for block in anatomy(model).blocks:
+        for module in (*attention_projections(block), block.gate, block.up, block.down):
+            if module is not None:
+                shared[id(module.weight)] = module.weight
+    return copy.deepcopy(model, shared)
 
 
 def _require_plain(block: Block) -> None:

@@ -277,10 +277,17 @@ def search(
     since: Annotated[str | None, typer.Option(help="Only papers published on this day (YYYY-MM-DD) or later.")] = None,
     in_scope: Annotated[bool, typer.Option("--in-scope", help="Only papers that have a card here.")] = False,
     mode: Annotated[str, typer.Option(help="hybrid (words and meaning), lexical or dense.")] = "hybrid",
+    ranker: Annotated[
+        str, typer.Option(help="default, or xtr: token retrieval, a method on trial here (slower to start).")
+    ] = "default",
     database: Database = None,
     as_json: Json = False,
 ) -> None:
     """Find papers in the catalogue."""
+    if ranker not in ("default", "xtr"):
+        raise UsageError(f"--ranker is {ranker!r}; default or xtr is needed")
+    if ranker == "xtr" and mode != "hybrid":
+        raise UsageError("--mode belongs to the default ranker; leave it out with --ranker xtr")
     from papertrial.feed.catalogue import Catalogue
     from papertrial.feed.lexical import Filters
     from papertrial.terminal import found_json, print_found, print_json
@@ -289,7 +296,14 @@ def search(
     catalogue = Catalogue(database)
     filters = Filters(families=[family] if family else None, since=_day(since, "--since"), in_scope=in_scope or None)
     notices = [_prepare(catalogue, notes)]
-    found = catalogue.search(query, limit, mode, filters)  # type: ignore[arg-type]
+    if ranker == "xtr":
+        from papertrial.rankers import XTRRanker
+
+        found = XTRRanker(catalogue, lambda line: notes.print(f"[dim]{line}[/]", highlight=False)).search(
+            query, limit, filters
+        )
+    else:
+        found = catalogue.search(query, limit, mode, filters)  # type: ignore[arg-type]
     notices.append(found.notice)
     if as_json:
         print_json(found_json(found))

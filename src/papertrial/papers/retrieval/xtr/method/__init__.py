@@ -29,7 +29,7 @@ from papertrial.papers.retrieval.xtr.method.scoring import (
     xtr_loss,
     xtr_score,
 )
-from papertrial.papers.retrieval.xtr.method.training import train_encoder
+from papertrial.papers.retrieval.xtr.method.training import train_encoder, vectors_of
 
 __all__ = [
     "ColBERTRetriever",
@@ -45,6 +45,7 @@ __all__ = [
     "token_recall",
     "token_similarities",
     "train_encoder",
+    "vectors_of",
     "xtr_loss",
     "xtr_score",
 ]

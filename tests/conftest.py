@@ -6,7 +6,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("papertrial", deadline=None)  # how long an example takes is the machine's affair
+hypothesis.settings.load_profile("papertrial")
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ def records(draw, source):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.tuples(*(records(source) for source in ("page", "card", "huggingface", "arxiv"))))
 def test_sources_make_the_same_paper_in_every_order(said):
     def merged(order):
@@ -50,7 +50,7 @@ def test_sources_make_the_same_paper_in_every_order(said):
         assert merged(order) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from(["page", "card", "huggingface", "arxiv"]).flatmap(records), min_size=1, max_size=4))
 def test_saying_the_last_thing_again_changes_nothing(said):
     row = blank_row()

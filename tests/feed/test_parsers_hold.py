@@ -71,7 +71,7 @@ def damaged(draw):
     return bytes(data)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(damaged())
 def test_damaged_input_never_raises_and_what_is_read_is_storable(data):
     parsed = parse(data)
@@ -80,14 +80,14 @@ def test_damaged_input_never_raises_and_what_is_read_is_storable(data):
     assert all("\n" not in problem for problem in parsed.problems)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.one_of(st.binary(max_size=300), st.text(max_size=300).map(lambda text: text.encode("utf-8", "replace"))))
 def test_arbitrary_input_never_raises(data):
     for start in (b"", b"{", b"[", b"<html>", b"<feed>", b"<rss>", b"Daily Papers\n\n"):
         parse(start + data)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(inputs=st.lists(damaged(), min_size=1, max_size=4))
 def test_ingesting_damaged_input_twice_changes_nothing_the_second_time(tmp_path_factory, inputs):
     url = f"sqlite:///{tmp_path_factory.mktemp('home') / 'x.db'}"

@@ -29,7 +29,7 @@ AWKWARD = f"\x00\t a\r\n\n      x  \u65e5\u672c\U0001f389 {EOS}{PAD} <|mask|> e\
 
 @pytest.mark.parametrize("tokenizer", [BPE, UNIGRAM, BYTES], ids=["bpe", "unigram", "bytes"])
 @given(text=st.text(max_size=60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_text_comes_back_byte_for_byte(tokenizer, text):
     assert tokenizer.decode(encode_plain(tokenizer, text)) == text
 

@@ -73,6 +73,7 @@ class Store:
         self._watch: sqlite3.Connection | None = None
         self._watch_lock = threading.Lock()
         self._held = threading.local()
+        self._is_sqlite = engine.url.get_backend_name() == "sqlite"
 
     @classmethod
     def open(cls, database: str | None = None) -> "Store":
@@ -117,14 +118,25 @@ class Store:
                 self._held.connection = outer
 
     @contextmanager
-    def writing(self) -> Iterator[sa.Connection]:
-        """One transaction that writes; all of it is stored or none."""
+    def writing(self, *, shown: bool = True) -> Iterator[sa.Connection]:
+        """One transaction that writes; all of it is stored or none.
+
+        ``shown=False`` says that nothing of it is on any page, so that `version` need not become another one.
+        """
         with (
             explained(self.engine.url),
             self.engine.connect().execution_options(writing=True) as connection,
             connection.begin(),
         ):
+            if not (shown and self._is_sqlite):
+                yield connection
+                return
+            raw: Any = connection.connection.dbapi_connection
+            before = raw.total_changes
             yield connection
+            if raw.total_changes != before:
+                number = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+                connection.exec_driver_sql(f"PRAGMA user_version = {(number + 1) % 2**31}")
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -301,25 +313,23 @@ class Store:
         return Page(tuple(found[:limit]), more)
 
     def version(self) -> Hashable:
-        """What is in the database now, whoever wrote it: equal as long as nothing at all has been written.
+        """What there is to be shown now, whoever wrote it: equal as long as nothing has been written to be shown.
 
-        Takes some microseconds with SQLite and a round trip with PostgreSQL.
+        Takes some microseconds with SQLite, where `writing` counts in the number that a file has for its application;
+        with PostgreSQL a round trip, and every transaction counts.
         """
         with explained(self.engine.url):
-            if self.engine.url.get_backend_name() != "sqlite":
+            if not self._is_sqlite:
                 # two equal snapshots see the same transactions
                 with self.engine.connect() as connection:
                     return str(connection.execute(sa.text("SELECT pg_current_snapshot()::text")).scalar_one())
             with self._watch_lock:
-                if self._watch is None:
-                    # the number is one of this connection, which never writes itself, so it tells of all others
-                    path = str(self.engine.url.database)
-                    self._watch = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
                 try:
-                    return int(self._watch.execute("PRAGMA data_version").fetchone()[0])
+                    if self._watch is None:
+                        path = str(self.engine.url.database)
+                        self._watch = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
+                    return int(self._watch.execute("PRAGMA user_version").fetchone()[0])
                 except sqlite3.Error:  # nobody can tell: other than anything before
-                    self._watch.close()
-                    self._watch = None
                     return object()
 
     # -- counts and changes -------------------------------------------------------------------------------------------

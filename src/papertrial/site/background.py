@@ -133,7 +133,7 @@ def take_lease(store: Store, name: str, holder: str, seconds: float, every: floa
     until = now + timedelta(seconds=seconds)
     free = sa.or_(table.c.until <= now, table.c.holder == holder)
     due = sa.or_(table.c.last_done.is_(None), table.c.last_done <= rested, table.c.holder == holder)
-    with store.writing() as connection:
+    with store.writing(shown=False) as connection:
         taken = connection.execute(
             table.update().where(table.c.name == name, free, due).values(holder=holder, until=until)
         )
@@ -152,7 +152,7 @@ def take_lease(store: Store, name: str, holder: str, seconds: float, every: floa
 def give_lease_back(store: Store, name: str, holder: str) -> None:
     """The job is done."""
     table, now = tables.leases, utc_now()
-    with store.writing() as connection:
+    with store.writing(shown=False) as connection:
         mine = (table.c.name == name, table.c.holder == holder)
         connection.execute(table.update().where(*mine).values(until=now, last_done=now))
 

@@ -55,7 +55,8 @@ class Context:
         """The pages that are the same for everybody."""
 
         def version() -> Hashable:
-            return self.store.version(), self.board.snapshot.number, self.today()
+            searched = self.index.revision if "index" in self.__dict__ else None  # opening it takes its time
+            return self.store.version(), self.board.snapshot.number, self.today(), searched
 
         # a file is asked at once; another machine is asked by a thread, once in a while
         local = self.store.engine.url.get_backend_name() == "sqlite"

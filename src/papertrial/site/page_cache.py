@@ -1,8 +1,9 @@
 """Pages that are the same for everybody, kept packed, and answered before routing where nothing has changed since.
 
-A page is kept with the version of the database that it was made from (`Store.version`). It is good for `GRACE` seconds
-whatever happens, so that a service that is written to all the time makes a page at most every few seconds; after that
-for as long as nothing was written, and `LONGEST` seconds at most, since a page may show how long ago something was.
+A page is kept with the version of what it was made from (`Store.version` and what else it shows). It is good for
+`GRACE` seconds whatever happens, so that a service that is written to all the time makes a page at most every few
+seconds; after that for as long as nothing was written, and `LONGEST` seconds at most, should something be written past
+`Store.writing`.
 """
 
 import gzip
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 GRACE = 2.0
-LONGEST = 60.0
+LONGEST = 600.0
 #: Memory for pages in each worker.
 MOST_BYTES = 64_000_000
 #: Of zlib: a third of the time of the usual 6 for pages that are some 5 % longer.

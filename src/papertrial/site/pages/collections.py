@@ -9,7 +9,7 @@ from starlette.responses import Response
 from papertrial.site.context import Here, MaybeReader, SignedIn, Writer
 from papertrial.site.errors import Problem
 from papertrial.site.fields import found_paper
-from papertrial.site.listing import show
+from papertrial.site.listing import Selection, list_papers, show
 from papertrial.site.pages.rows import rows
 from papertrial.site.pages.serving import local, page, see_other, with_query
 from papertrial.site.people import accounts, collections
@@ -19,6 +19,7 @@ from papertrial.site.templating import render
 router = APIRouter(include_in_schema=False)
 
 PER_PAGE = 50
+BROUGHT = 20
 
 Owner = Annotated[str, Path(max_length=40)]
 Slug = Annotated[str, Path(max_length=80)]
@@ -83,13 +84,18 @@ def add(
 
 @router.get("/people/{owner}")
 def person(request: Request, owner: Owner, here: Here, reader: MaybeReader) -> Response:
-    """An account as others see it: its name and its public collections."""
+    """An account as others see it: its name, its public collections, and the papers it brought into the feed."""
 
     def values() -> dict[str, Any]:
         found = accounts.reader_by_name(here.store, owner)
         if found is None:
             raise Problem(404, f"nobody here is called {owner[:40]!r}")
-        return {"person": found, "collections": collections.collections_of(here.store, owner, reader)}
+        brought = list_papers(here.store, Selection(submitter=owner), limit=BROUGHT)
+        return {
+            "person": found,
+            "collections": collections.collections_of(here.store, owner, reader),
+            "rows": rows(here, reader, brought),
+        }
 
     return page(request, reader, "person.html.j2", values)
 

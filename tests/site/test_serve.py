@@ -141,6 +141,21 @@ def test_a_stop_leaves_no_traceback(serving: Callable[..., Any], tmp_path: Path,
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_stop_with_the_process_that_started_them(serving: Callable[..., Any], sent: signal.Signals) -> None:
+    process, url = serving("--workers", "2")
+    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    process.send_signal(sent)
+    gone, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+    assert len(gone) == 2
+    process.wait(30)
+    port = int(url.rsplit(":", 1)[1])
+    for taken in take_port("127.0.0.1", port):  # it is free again
+        taken.close()
+
+
 # -- what is wrong is said in one line --------------------------------------------------------------------------------
 
 

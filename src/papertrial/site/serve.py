@@ -5,8 +5,11 @@ import errno
 import json
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
+import time
 from typing import Any
 
 from fastapi import FastAPI
@@ -158,7 +161,15 @@ def _greet(settings: Settings) -> None:
 def worker_app() -> FastAPI:
     """The application of one of several workers, with the settings of the process that started it."""
     _configure_log()
+    threading.Thread(target=_stop_with, args=(os.getppid(),), name="papertrial-parent", daemon=True).start()
     return create_app(Settings(**json.loads(os.environ[_HANDED_ON])))
+
+
+def _stop_with(parent: int) -> None:
+    """A worker whose parent was killed would go on holding the port, with nobody to stop it."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _prepare(settings: Settings) -> None:

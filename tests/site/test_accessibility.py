@@ -45,7 +45,7 @@ OWN = (
     "/people/ada/night/change",
 )
 #: Pages whose layout on a phone is another one.
-FOLDED = ("/", "/verdicts?family=decoding", "/papers/sheep_upheld", "/search?q=sheep")
+FOLDED = ("/", "/verdicts?family=decoding", "/papers/sheep_upheld", "/search?q=sheep", "/about")
 
 #: Other results than violations are cut short, which is several times quicker.
 BRIEFLY = {"resultTypes": ["violations"]}
@@ -95,6 +95,15 @@ def test_public_pages(reading: Reading, part: int) -> None:
 
 def test_pages_on_a_phone(reading: Reading) -> None:
     assert check(reading.open(viewport=PHONE, has_touch=True).new_page(), FOLDED) == []
+
+
+def test_the_titles_that_the_search_box_offers(reading: Reading) -> None:
+    page = reading.open(viewport=PHONE).new_page()
+    page.goto("/sign-in")
+    page.get_by_role("combobox", name="Search papers").fill("counting sheep")
+    page.get_by_role("option").first.wait_for()
+    page.keyboard.press("ArrowDown")
+    assert found_by_axe(page, "titles offered", EVERYTHING) == []
 
 
 def test_a_readers_own_pages(reading: Reading) -> None:

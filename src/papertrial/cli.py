@@ -429,6 +429,47 @@ def apply(
         print_applied(_console(), applied)
 
 
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="The checkpoint: a Hugging Face id, a local folder or house:NAME.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Texts or multiple-choice questions: .txt, .jsonl, .json, .csv or Hub id[:config][@split]."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Standard tasks of lm-evaluation-harness, with commas between (an extra: eval).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows of the data, or of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure a checkpoint on your own data: accuracy of multiple choice, perplexity and bits per byte of texts."""
+    if data is None and tasks is None:
+        raise UsageError("give --data, or --tasks, or both")
+    from papertrial.lm.evaluation import evaluate as measure
+    from papertrial.lm.evaluation import harness, read_data
+    from papertrial.lm.models import load
+    from papertrial.terminal import print_json, print_measures
+
+    rows = None if data is None else read_data(data, limit=limit)
+    with _console(stderr=True).status(f"loading {model}") as status:
+        checkpoint = load(model, device=device)
+        found: dict[str, Any] = {"model": checkpoint.name, "digest": checkpoint.digest}
+        if rows is not None:
+            status.update(f"measuring on {data}")
+            result = measure(checkpoint, rows, batch_size=batch_size)
+            found["data"] = {"source": data, **vars(result)}
+        if tasks is not None:
+            status.update(f"running {tasks}")
+            names = [name.strip() for name in tasks.split(",") if name.strip()]
+            found["tasks"] = harness.run_tasks(checkpoint, names, limit=limit, batch_size=batch_size)
+    if as_json:
+        print_json(found)
+    else:
+        print_measures(_console(), found)
+
+
 service_commands.add_to(app)
 
 if __name__ == "__main__":

@@ -261,3 +261,22 @@ def print_applied(console: Console, applied: "Applied") -> None:
     for name, value in applied.facts.items():
         console.print(f"{escape(name)}: {escape(str(value))}", highlight=False)
     console.print(f"written: {escape(str(applied.folder))}", highlight=False, soft_wrap=True)
+
+
+def print_measures(console: Console, found: dict[str, Any]) -> None:
+    """What `papertrial evaluate` measured, a row per measure."""
+    from papertrial.lab.summary import number
+
+    table = Table(title=escape(found["model"]), title_justify="left", title_style="bold")
+    for heading in ("on", "measure", "value", "95 % interval"):
+        table.add_column(heading, justify="right" if heading in ("value", "95 % interval") else "left")
+    data = found.get("data")
+    if data is not None:
+        table.caption = ", ".join(f"{count:,} {name}" for name, count in data["counts"].items())
+        for name, value in data["measures"].items():
+            interval = " to ".join(map(number, data["intervals"].get(name, ())))
+            table.add_row(escape(data["source"]), name.replace("_", " "), number(value), interval)
+    for task, measures in found.get("tasks", {}).items():
+        for name, value in measures.items():
+            table.add_row(escape(task), escape(name), number(value), "")
+    console.print(table)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.message import EmailMessage
@@ -660,6 +661,23 @@ def test_the_command_sends_what_is_due(here: Context, home: Path) -> None:
     outcome = send_digests(settings)
     assert outcome.queued + outcome.sent + outcome.empty >= 1
     assert send_digests(settings).queued == 0
+
+
+def test_the_service_sends_what_is_due_by_itself(site: Site, home: Path) -> None:
+    subscribed(site.context)
+    with site.context.store.writing() as connection:
+        moved = {"next_due": utc_now() - timedelta(minutes=1), "covered_to": utc_now() - 3 * DAY}
+        connection.execute(table.update().values(**moved, hour=utc_now().hour))
+        earlier = schema.papers.update().where(schema.papers.c.entered.is_not(None))
+        connection.execute(earlier.values(first_seen=utc_now() - timedelta(hours=2)))
+    site.client.app.state.jobs.nudge("digests")  # type: ignore[attr-defined]
+    end = time.monotonic() + 30
+    while not letters(home):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    (letter,) = letters(home)
+    assert letter["To"] == "reader@example.org"
+    assert "Paper number 1" in plain(letter)
 
 
 def test_a_reader_asks_for_and_ends_digests_over_the_api(site: Site, home: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import json
 import logging
 import os
@@ -138,6 +139,8 @@ def _serve_alone(settings: Settings, sockets: list[socket.socket]) -> None:
     import uvicorn
 
     server = uvicorn.Server(uvicorn.Config(create_app(settings), **_options()))
+    gc.freeze()
+    gc.enable()
     _greet(settings)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets)
@@ -149,6 +152,7 @@ def _serve_with_workers(settings: Settings, host: str, port: int, workers: int) 
     import uvicorn
 
     os.environ[_HANDED_ON] = json.dumps(settings.model_dump(mode="json"))
+    gc.enable()
     _greet(settings)
     application = "papertrial.site.serve:worker_app"
     uvicorn.run(application, factory=True, host=host, port=port, workers=workers, **_options())

@@ -161,7 +161,7 @@ def test_every_kind_of_file_is_read(tmp_path):
         ("a.jsonl", '{"question": "x", "choices": [1, 2], "answer": 0}', "must be a list of texts"),
         ("a.jsonl", '{"question": "x", "choices": ["a", "b"]}', "has no answer"),
         ("a.jsonl", '{"choices": ["a", "b"], "answer": 0}', "has choices and no question"),
-        ("a.jsonl", '{"text": "x"}\n{"question": "x", "choices": ["a", "b"], "answer": 0}', "mixes texts and questions, first at line 2"),
+        ("a.jsonl", '{"text": "x"}\n{"ctx": "x", "choices": ["a", "b"], "label": 0}', "mixes texts and questions"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_is_said_with_its_place(tmp_path, name, rows, says):

@@ -59,10 +59,10 @@ def read_data(source: str, *, limit: int | None = None) -> Texts | Questions:
     Parameters
     ----------
     source
-        A file: ``.txt`` or ``.md`` (one document), ``.jsonl``, ``.json`` (a list of objects) or ``.csv`` with a header. Or a data
-        set ``id[:configuration][@split]`` (split: test), which needs the package ``datasets``. Rows with choices are
-        questions, rows with a text are texts; see ``QUESTION_FIELDS`` and its neighbours for the names that fields may
-        have. An answer is a number from 0, a letter, one of the labels of ``choices``, or a choice itself.
+        A file: ``.txt`` or ``.md`` (one document), ``.jsonl``, ``.json`` (a list of objects) or ``.csv`` with a header.
+        Or a data set ``id[:configuration][@split]`` (split: test), which needs the package ``datasets``. Rows with
+        choices are questions, rows with a text are texts; see ``QUESTION_FIELDS`` and its neighbours for the names that
+        fields may have. An answer is a number from 0, a letter, one of the labels of ``choices``, or a choice itself.
     limit
         Read at most so many rows.
 

@@ -20,9 +20,12 @@ import sqlalchemy as sa
 from papertrial.errors import UsageError
 from papertrial.feed.delivery_schema import subscriptions as table
 from papertrial.feed.store import Store, utc_now
+from papertrial.site.context import Context
+from papertrial.site.errors import Problem
+from papertrial.site.limits import Limiter
 from papertrial.site.serve import take_port
 from papertrial.site.settings import Settings, read_settings
-from site_service import Server, free_port, links_in, start_server
+from site_service import Server, free_port, links_in, records, start_server
 
 #: What a start may cost in processor time: on a machine of its own, that is the time on the clock. The clock itself
 #: would measure what else the machine does while tests run.
@@ -103,6 +106,25 @@ def test_the_serving_process_never_loads_torch(serving: Callable[..., Any]) -> N
     assert "sqlite" in mapped  # the list is what it is taken for
     assert "libtorch" not in mapped
     assert "/torch/" not in mapped
+
+
+def test_the_first_search_of_a_new_catalogue_finds_what_is_there(serving: Callable[..., Any]) -> None:
+    """It waits for the index that is being made, and does not say that there is nothing."""
+    _, url = serving(PAPERTRIAL_ENCODER="false")
+    found = httpx.get(f"{url}/api/papers/search", params={"q": "contrastive search", "limit": 3}, timeout=60)
+    assert found.status_code == 200
+    assert "2210.14140" in [entry["paper"]["id"] for entry in found.json()]
+
+
+def test_a_search_that_waited_too_long_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("papertrial.site.context.FIRST_INDEX_SECONDS", 0.1)
+    settings = Settings(encoder=False)
+    with Store.open() as store:
+        store.upsert(records())
+        with pytest.raises(Problem) as refused:
+            Context(settings, store, Limiter(settings)).search("decoding")
+    assert refused.value.status == 503
+    assert refused.value.headers["Retry-After"]
 
 
 def test_a_request_under_way_is_answered_when_the_service_is_told_to_stop(serving: Callable[..., Any]) -> None:

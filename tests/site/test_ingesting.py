@@ -167,6 +167,7 @@ def test_a_source_that_fails_is_recorded_and_nothing_else_waits_for_it(
     administrator = site.sign_in("admin@localhost")
     page = administrator.client.get("/admin").text
     assert "answered 403" in page
+    assert "huggingface: not fetched without an error yet" in page
     assert site.client.get("/").status_code == 200
 
 

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from papertrial.feed import people_schema as tables
 from papertrial.feed.runs import recent_runs
+from papertrial.site import ingesting
 from papertrial.site.context import Admin, Context, Here
 from papertrial.site.pages.serving import see_other, with_query
 from papertrial.site.people import accounts
@@ -37,6 +38,7 @@ def admin(request: Request, here: Here, reader: Admin, q: Annotated[str, Query(m
         "admin.html.j2",
         headers={"Cache-Control": "no-store"},
         runs=recent_runs(store, RUNS),
+        planned=ingesting.schedule(here),
         jobs=jobs,
         facts=facts,
         free_mb=free_space_mb(here),

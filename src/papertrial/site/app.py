@@ -73,7 +73,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             module.mount(app, here)
     app.mount("/static", _Static(directory=templating.STATIC), name="static")
     app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=LEVEL)
-    app.add_middleware(KeptPages, pages=here.pages)
+    app.add_middleware(KeptPages, pages=here.pages, at_once=1 if here.store.is_sqlite else 8)
     app.add_middleware(Envelope, settings=settings, limiter=here.limiter)
     return app
 

@@ -59,8 +59,7 @@ class Context:
             return self.store.version(), self.board.snapshot.number, self.today(), searched
 
         # a file is asked at once; another machine is asked by a thread, once in a while
-        local = self.store.engine.url.get_backend_name() == "sqlite"
-        return PageCache(version, recheck=0.0 if local else 1.0)
+        return PageCache(version, recheck=0.0 if self.store.is_sqlite else 1.0)
 
     @cached_property
     def index(self) -> SearchIndex:

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import DECODERS, ENCODERS, left_padded, random_ids, tiny_model, tiny_tokenizer
+from papertrial.lab.trial import Trial
 from papertrial.lm.anatomy import anatomy, body
 from papertrial.lm.hooks import record
 from papertrial.lm.pruning import (
@@ -18,6 +19,7 @@ from papertrial.lm.pruning import (
     unit_costs,
     whole_plan,
 )
+from papertrial.papers.compression.amp_pruning import experiment
 from papertrial.papers.compression.amp_pruning.method import (
     Amounts,
     ApplyOptions,
@@ -402,3 +404,61 @@ def test_bad_batches_and_scores_are_named():
         amp_plan(model, other, 0.2)
     with pytest.raises(ValueError, match="remove must be one of"):
         amp_plan(model, magnitude_scores(model), 0.2, remove="middle")
+
+
+# -- the experiment ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def setting():
+    parameters = {
+        **experiment.SCALES["smoke"],
+        "calibration": [6, 8],
+        "test_windows": [4, 16],
+        "cloze": {"items": 6, "prompt": 6, "continuation": 4},
+        "draws": 2,
+        "tuned_draws": 2,
+        "tuned": ["amp", "random"],
+    }
+    trial = Trial("amp_pruning", "smoke", 0, parameters)
+    base = checkpoint("llama", num_key_value_heads=4)
+    texts = {"train": TEXTS, "test": [f"{text} {text[::-1]}" for text in TEXTS[::7]]}
+    return trial, base, experiment.Data(trial, base, texts)
+
+
+def test_every_cloze_item_holds_its_true_continuation_and_three_of_others(setting):
+    _, _, data = setting
+    shifts = [
+        next(s for s in range(6) if torch.equal(data.choices[:, c], data.choices[:, 0].roll(s, 0))) for c in range(4)
+    ]
+    assert shifts[0] == 0
+    assert len(set(shifts)) == 4
+
+
+def test_all_criteria_cut_models_of_one_shape(setting):
+    trial, base, data = setting
+    criteria = experiment._criteria(trial, base.model, data.calibration)
+    cuts = experiment._cuts(trial, base.model, criteria, 0.3)
+    assert len(cuts["random"]) == 2
+    shapes = {arm: {tuple(sizes(make())) for make in makers} for arm, makers in cuts.items() if arm != "depth"}
+    assert len(set.union(*shapes.values())) == 1
+    assert set(shapes) == {"amp", "amp_projected", "magnitude", "wanda", "loss_change", "random", "reversed"}
+
+
+def test_every_arm_recovers_on_the_same_batches(setting, monkeypatch):
+    trial, base, data = setting
+    seen = []
+
+    def note(model, batches, *, generator, **settings):
+        seen.append((next(iter(batches)), generator.initial_seed(), settings))
+        return model
+
+    monkeypatch.setattr(experiment, "recover", note)
+    cut = {arm: [base.model, base.model] for arm in ("amp", "random")}
+    results = {}
+    experiment._recover(trial, cut, data, results)
+    assert set(results) == {"amp_tuned", "random_tuned"}
+    assert len(seen) == 4
+    for batch, seed, settings in seen[1:]:
+        assert torch.equal(batch, seen[0][0])
+        assert (seed, settings) == seen[0][1:]

@@ -28,7 +28,10 @@ _PROMPTS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class ApplyOptions:
-    """Options of ``papertrial apply amp_pruning``."""
+    """Options of ``papertrial apply amp_pruning``.
+
+    As in the authors' code, but for ``compensate``: a user who asks for a ratio wants that ratio.
+    """
 
     ratio: Annotated[float, "share of all parameters to take out"] = 0.2
     mlp_criterion: Annotated[MlpCriterion, "importance of a neuron: its activation, or projected like a head's"] = (

@@ -39,6 +39,12 @@ def test_without_a_trained_encoder_it_says_how_to_get_one(catalogue):
         rankers.XTRRanker(catalogue, lambda line: None)
 
 
+def test_a_catalogue_beyond_memory_is_refused_before_anything_is_loaded(catalogue, encoder, monkeypatch):
+    monkeypatch.setattr(rankers, "MOST_PAPERS", 100)
+    with pytest.raises(UsageError, match="up to 100 papers"):
+        rankers.XTRRanker(catalogue, lambda line: pytest.fail("something was started"))
+
+
 def test_every_paper_is_scored_from_its_retrieved_tokens(catalogue, encoder, monkeypatch):
     monkeypatch.setattr(rankers, "TOKENS_RETRIEVED", 10**6)  # all: the scores are those of full MaxSim
     found = rankers.XTRRanker(catalogue, lambda line: None).search("A Quick brown fox", 500, Filters())

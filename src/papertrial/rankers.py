@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 TRAINING = "python -m papertrial.papers.retrieval.xtr.train"
 TOKENS_RETRIEVED = 1000
 """k' of a search: what the authors' evaluation retrieves for each query token."""
+MOST_PAPERS = 100_000
+"""Beyond this the vectors, about 50 KB a paper, are too many to keep in memory and to read at every start."""
 _VECTORS, _MANIFEST = "vectors.npy", "manifest.json"
 _BATCH = 256
 
@@ -50,13 +52,16 @@ class XTRRanker:
     Raises
     ------
     UsageError
-        If there is no trained encoder, saying how to get one.
+        If there is no trained encoder, saying how to get one, or the catalogue is too large.
     """
 
     def __init__(self, catalogue: "Catalogue", say: Callable[[str], None], folder: Path | None = None) -> None:
         folder = encoder_folder() if folder is None else folder
         if not (folder / "xtr.json").is_file():
             raise UsageError(f"the ranker xtr has no trained encoder in {folder}; train one (minutes) with: {TRAINING}")
+        count = catalogue.store.count()
+        if count > MOST_PAPERS:
+            raise UsageError(f"the ranker xtr takes up to {MOST_PAPERS:,} papers, there are {count:,}: use the default")
         say("starting PyTorch and the token encoder")
         from papertrial.papers.retrieval.xtr.method import TokenEncoder
 

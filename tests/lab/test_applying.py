@@ -258,11 +258,12 @@ def test_a_kill_leaves_no_folder_under_the_name_and_the_next_run_clears_up(folde
 def test_a_paper_outside_the_package_takes_part_by_its_function_alone(toy_method, folder, texts, tmp_path):
     assert {"toy", "amp_pruning"} <= set(applicable())
     applied = apply_to_checkpoint(
-        toy_method, str(folder), tmp_path / "out", ["--layers=1", "--no-first", "--note", "two words"],
+        toy_method, str(folder), tmp_path / "out", ["--layers=1", "--no-first", "--note", "two | words\nand more"],
         evaluation_tokens=100, seed=5, **texts,
     )  # fmt: skip
     assert applied.summary == "Kept layers [1]."
-    assert applied.facts == {"texts seen": 40, "note": "two words", "drawn": 5.0}
+    assert applied.facts == {"texts seen": 40, "note": "two | words\nand more", "drawn": 5.0}
+    assert "| note | two \\| words and more |" in (tmp_path / "out" / "README.md").read_text()
     assert load(str(tmp_path / "out")).model.config.num_hidden_layers == 1
 
 
@@ -451,6 +452,17 @@ def test_mistakes_are_one_line(tmp_path, papertrial, arguments, says):
     assert code == 2
     assert says in err
     assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_family_is_one_line(texts, tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=67, hidden_size=8, num_hidden_layers=1, state_size=2)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    tiny_tokenizer().save_pretrained(tmp_path / "mamba")
+    with pytest.raises(UsageError, match=r"amp_pruning cannot be applied to .*mamba: no anatomy for Mamba.*gpt2"):
+        amp(tmp_path / "mamba", tmp_path / "out", texts)
     assert not (tmp_path / "out").exists()
 
 

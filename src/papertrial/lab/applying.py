@@ -360,8 +360,8 @@ def model_card(card: PaperCard, record: Mapping[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in record["facts"].items()),
-        *(f"| `--{name.replace('_', '-')}` | {value} |" for name, value in record["options"].items()),
+        *(f"| {_cell(name)} | {_cell(value)} |" for name, value in record["facts"].items()),
+        *(f"| `--{name.replace('_', '-')}` | {_cell(value)} |" for name, value in record["options"].items()),
         f"| `--seed` | {record['seed']} |",
         *(f"| {name} | {version} |" for name, version in record["versions"].items()),
         "",
@@ -372,3 +372,8 @@ def model_card(card: PaperCard, record: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    """Text that stays within its cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|")

@@ -6,7 +6,7 @@ from scipy.stats import chisquare
 from torch import nn
 from transformers import LogitsProcessor
 
-from families import DECODERS, left_padded, random_ids, tiny_model
+from families import CONTEXT, DECODERS, left_padded, random_ids, tiny_model
 from papertrial.lm import cache as kv
 from papertrial.lm.generation import StepDecoder, evaluating, greedy, left_pad, sample
 from papertrial.papers.decoding.chimera.method import (
@@ -105,6 +105,19 @@ def test_it_is_lossless_behind_sliding_windows_too(family):
     assert torch.equal(out.tokens, greedy(model, ids, mask, max_new_tokens=24).tokens)
     right = speculative_generate(model, Oracle(model, 3), ids, mask, tree=TREE, max_new_tokens=24)
     assert torch.equal(right.tokens, out.tokens)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_it_goes_up_to_the_last_position_of_a_learned_table(family):
+    model = tiny_model(family)
+    ids, mask = left_pad(PROMPTS, 0)
+    settings = {"max_new_tokens": CONTEXT - 6 + 1}  # the last token is chosen and not fed
+    alone = greedy(model, ids, mask, **settings)
+    for draft in (untrained(model), MedusaDraft(model, 3)):
+        out = speculative_generate(model, draft, ids, mask, tree=TREE, **settings)
+        assert torch.equal(out.tokens, alone.tokens)
+    right = speculative_generate(model, Oracle(model, 3), ids[:1], tree=TREE, **settings)
+    assert torch.equal(right.tokens, alone.tokens[:1])
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"temperature": 1.3, "top_k": 9}, {"top_p": 0.8}])
@@ -276,7 +289,8 @@ def test_a_state_carried_through_rounds_drafts_what_a_fresh_one_would(family):
         state = draft.start(decoder)
         for round_, counts in enumerate(([3, 1, 2], [1, 2, 3], [2, 1, 1])):
             root = random_ids(3, 1, seed=40 + round_)[:, 0]
-            state.propose(root, TREE)
+            if round_ != 1:  # a round may draft nothing
+                state.propose(root, TREE)
             fed = torch.zeros(3, max(counts), dtype=torch.long)
             kept = torch.zeros_like(fed, dtype=torch.bool)
             hidden = torch.randn(3, max(counts), 32)  # noise where nothing is kept
@@ -447,6 +461,9 @@ def test_a_tree_knows_its_parents_mask_and_branches():
     assert tree.branches.tolist() == [[1, -1, -1], [0, 3, -1], [0, 2, 4]]
     assert [level.parents for level in tree.levels] == [[-1], [0], [2]]
     assert tree.levels[2].width == 3
+    assert tree.pruned(2).paths == [(0,), (1,), (0, 0), (0, 1)]
+    assert tree.pruned(5) is tree
+    assert tree.pruned(0) is None
 
 
 def test_likely_trees_hold_the_most_probable_paths():

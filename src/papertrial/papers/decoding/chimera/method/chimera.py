@@ -272,8 +272,11 @@ class ChimeraState(DraftState):
         count = kept.sum(1)
         before = torch.where(count > 1, tokens[:, -2] if tokens.shape[1] > 1 else tokens[:, -1], self.tail[:, 1])
         self.tail = torch.stack([before, tokens[:, -1]], 1)
-        self.fresh, self.kept = hidden.to(self.draft.dtype), kept
-        self.where = (self.length[:, None] + kept.long().cumsum(1) - 1).clamp(min=0)
+        # behind what is still to be taken in, if the last round drafted nothing
+        self.fresh = torch.cat([self.fresh, hidden.to(self.draft.dtype)], 1)
+        self.kept = torch.cat([self.kept, kept], 1)
+        where = (self.length[:, None] + kept.long().cumsum(1) - 1).clamp(min=0)
+        self.where = torch.cat([self.where, where], 1)
         self.length = self.length + count
         self.last = self.fresh[:, -1]
 

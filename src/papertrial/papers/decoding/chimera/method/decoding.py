@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from papertrial.lm.anatomy import position_limit
 from papertrial.lm.generation import LogitsFunction, StepDecoder, draw, evaluating, truncate
 from papertrial.lm.generation.decoding import end_tokens, padding_token, row_uniforms
 from papertrial.lm.generation.tree import LookAhead, look_ahead
@@ -186,31 +187,42 @@ class _Run:
         rows = torch.arange(count, device=device)
         root = self.choose(self._processed(decoder.input_ids, decoder.logits), rows, self.made)
         live = ~self._emit(rows, root, decoder.input_ids)
-        forwards, seconds = 0, [0.0, 0.0]
+        forwards, drafts, seconds = 0, 0, [0.0, 0.0]
         while bool(live.any()):
             if not bool(live.all()):
                 decoder.select(live)
                 state.select(live)
                 rows, root = rows[live], root[live]
             began = time.perf_counter()
-            drafted = state.propose(root, self.tree, self.sampling)
+            tree = self._fitting(decoder, rows)
+            drafted = None if tree is None else state.propose(root, tree, self.sampling)
             between = time.perf_counter()
-            tokens = torch.cat([root[:, None], drafted.tokens], 1)
-            ahead = look_ahead(decoder, tokens, self.tree.rooted_parents)
+            tokens = root[:, None] if drafted is None else torch.cat([root[:, None], drafted.tokens], 1)
+            parents = [-1] if tree is None else tree.rooted_parents
+            ahead = look_ahead(decoder, tokens, parents)
             self.rounds[rows] += 1
-            path, root, live = self._walk(decoder, ahead, rows, drafted)
+            path, root, live = self._walk(decoder, ahead, rows, parents, drafted)
             ahead.accept(path)
             assert decoder.hidden is not None
             state.extend(tokens.gather(1, path.clamp(min=0)), decoder.hidden, path >= 0)
             forwards += 1
+            drafts += 0 if tree is None else tree.depth
             seconds[0] += between - began
             seconds[1] += time.perf_counter() - between
         width = int(self.made.max())
         mask = torch.arange(width, device=device) < self.made[:, None]
         stats = SpecStats(
-            self.rounds, self.made, self.tried[0], self.tried[1], forwards + 1, forwards * depth, seconds[0], seconds[1]
+            self.rounds, self.made, self.tried[0], self.tried[1], forwards + 1, drafts, seconds[0], seconds[1]
         )
         return SpeculativeOutput(self.tokens[:, :width].masked_fill(~mask, pad), mask, stats)
+
+    def _fitting(self, decoder: StepDecoder, rows: Tensor) -> TokenTree | None:
+        """The tree as deep as is of use before the length limit, and as the model's table of positions allows."""
+        deepest = self.limit - int(self.made[rows].min()) - 1
+        table = position_limit(self.model)
+        if table is not None:
+            deepest = min(deepest, table - int(decoder.attention_mask.sum(-1).max()) - 1)
+        return self.tree.pruned(deepest)
 
     def _processed(self, ids: Tensor, scores: Tensor) -> Tensor:
         for processor in self.processors:
@@ -227,54 +239,46 @@ class _Run:
         return ended
 
     def _walk(
-        self, decoder: StepDecoder, ahead: LookAhead, rows: Tensor, drafted: DraftTree
+        self, decoder: StepDecoder, ahead: LookAhead, rows: Tensor, parents: list[int], drafted: DraftTree | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Follow the base model's choices down the tree.
+        """Follow the base model's choices down the tree, whose root is node 0.
 
         Returns the nodes to keep (R, P) with -1 on the left, each row's last choice (R,), which is not in the tree, and
         which rows go on.
         """
-        here = torch.arange(len(rows), device=rows.device)
+        here, above = torch.arange(len(rows), device=rows.device), torch.tensor(parents, device=rows.device)
         node = torch.zeros_like(rows)
         path = [node]
         last, live = node.clone(), torch.ones_like(rows, dtype=torch.bool)
         going = live.clone()  # rows whose draft is still right
-        for depth in range(self.tree.depth + 1):
+        while bool(going.any()):
             ids = torch.cat([decoder.input_ids, ahead.tokens.gather(1, torch.stack(path, 1).clamp(min=0))], 1)
             scores = self._processed(ids, ahead.logits[here, node])
-            if self.sampling is None:
+            below = above == node[:, None]
+            if self.sampling is None or drafted is None:
                 token = self.choose(scores, rows, self.made[rows])
-                child = self._child(ahead.tokens, node, token)
+                right = below & (ahead.tokens == token[:, None])
+                child = torch.where(right.any(1), right.int().argmax(1), -1)
             else:
-                token, child = self._sampled(scores, node, drafted, going)
+                token, child = self._sampled(scores, node, parents, drafted, going)
             last = torch.where(going, token, last)
             ended = torch.zeros_like(going)
             ended[going] = self._emit(rows[going], token[going], ids[going])
             live &= ~ended
             found = going & ~ended & (child >= 0)
-            if depth < self.tree.depth:
-                inner = going & ~ended & self._has_children(node)
-                self.tried[:, depth] += torch.stack([inner.sum(), found.sum()]).cpu()
+            if (depth := len(path)) <= self.tree.depth:
+                tried = going & ~ended & below.any(1)
+                self.tried[:, depth - 1] += torch.stack([tried.sum(), found.sum()]).cpu()
             going = found
-            if not bool(going.any()):
-                break
             node = torch.where(going, child, node)
             path.append(torch.where(going, node, -1))
-        table = torch.stack(path, 1)  # gaps stand behind; bring them to the front
+        table = torch.stack(path[:-1], 1)  # behind the last step nobody went on; gaps stand behind: to the front
         order = (table >= 0).long().argsort(dim=1, stable=True)
         return table.gather(1, order), last, live
 
-    def _has_children(self, node: Tensor) -> Tensor:
-        parents = torch.tensor(self.tree.rooted_parents, device=node.device)
-        return (parents == node[:, None]).any(1)
-
-    def _child(self, tokens: Tensor, node: Tensor, token: Tensor) -> Tensor:
-        """The child (R,) of each node that holds the token, -1 where there is none."""
-        parents = torch.tensor(self.tree.rooted_parents, device=node.device)
-        hit = (parents == node[:, None]) & (tokens == token[:, None])
-        return torch.where(hit.any(1), hit.int().argmax(1), -1)
-
-    def _sampled(self, scores: Tensor, node: Tensor, drafted: DraftTree, going: Tensor) -> tuple[Tensor, Tensor]:
+    def _sampled(
+        self, scores: Tensor, node: Tensor, parents: list[int], drafted: DraftTree, going: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Tokens and children (-1 where none) by the rule for drafts that were sampled."""
         assert self.sampling is not None
         assert drafted.distributions is not None
@@ -282,7 +286,7 @@ class _Run:
         generator = self.sampling.generator
         token, child = torch.zeros_like(node), torch.full_like(node, -1)
         for row in going.nonzero()[:, 0].tolist():
-            children = [n for n, parent in enumerate(self.tree.rooted_parents) if parent == int(node[row])]
+            children = [n for n, parent in enumerate(parents) if parent == int(node[row])]
             held = [int(drafted.tokens[row, n - 1]) for n in children]
             q = drafted.distributions[row, children[0] - 1] if children else None
             chances, rest = acceptance(probs[row], held, q)

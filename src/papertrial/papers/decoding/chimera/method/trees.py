@@ -102,6 +102,12 @@ class TokenTree:
                 open_nodes[(*best, 0)] = chance * first
         return cls(chosen)
 
+    def pruned(self, depth: int) -> "TokenTree | None":
+        """The nodes down to ``depth``; None if there are none."""
+        if depth >= self.depth:
+            return self
+        return TokenTree([path for path in self.paths if len(path) <= depth]) if depth >= 1 else None
+
     def __len__(self) -> int:
         return len(self.paths)
 

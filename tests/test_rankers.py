@@ -80,8 +80,9 @@ def test_only_what_changed_is_encoded_again(catalogue, encoder):
 
 def test_a_damaged_or_foreign_index_is_made_again(catalogue, encoder):
     said = []
-    hits = rankers.XTRRanker(catalogue, said.append).search("lazy dog", 5, Filters()).result.hits
-    manifest = next((rankers.cache_folder("xtr")).glob("*/manifest.json"))
+    ranker = rankers.XTRRanker(catalogue, said.append)
+    hits = ranker.search("lazy dog", 5, Filters()).result.hits
+    manifest = ranker.cache / "manifest.json"  # one for each database; the cache is shared between tests
     for damage in (lambda: manifest.write_text("{"), lambda: next(manifest.parent.glob("*.npy")).write_bytes(b"x")):
         damage()
         said.clear()

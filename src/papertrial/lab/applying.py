@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,9 +135,11 @@ def apply_to_checkpoint(
         raise UsageError("a text of the evaluation also stands in the calibration: the perplexity would flatter")
     generator = torch.Generator().manual_seed(seed)
     try:
-        changed: Changed = method.apply(
-            checkpoint, texts.documents, options, generator=generator, on_progress=on_progress
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing that the user can mend
+            changed: Changed = method.apply(
+                checkpoint, texts.documents, options, generator=generator, on_progress=on_progress
+            )
     except ValueError as error:
         raise UsageError(f"{card.slug} cannot be applied to {model}: {error}") from error
     before = _cost(checkpoint, held_out, evaluation_tokens, lambda d, t: report("perplexity before", d, t))

@@ -10,7 +10,7 @@ import pytest
 from papertrial.errors import PapertrialError, UsageError
 from papertrial.lab import runner
 from papertrial.lab.evidence import read_evidence, write_atomically, write_evidence
-from papertrial.lab.report import render
+from papertrial.lab.report import drawings, render
 from papertrial.lab.trial import Trial
 from papertrial.lab.verdict import judge
 from papertrial.lab.workers import WorkerLostError
@@ -176,6 +176,16 @@ def test_the_report_is_self_contained_and_escapes_what_models_wrote(toy):
     assert "<svg" in page
     assert "default-src 'none'" in page
     assert "papertrial run toy --scale small --seeds 4" in page
+
+
+def test_of_claims_on_one_metric_the_first_is_drawn(toy, monkeypatch):
+    evidence = runner.run(plan_run(toy, "small"))
+    first = toy.claim[0]
+    card = toy.model_copy(update={"claim": [first, first.model_copy(update={"baseline": "control"})]})
+    drawn = []
+    monkeypatch.setattr("papertrial.lab.figures.draw_arms", lambda _, claim: drawn.append(claim.baseline))
+    drawings(card, evidence)
+    assert drawn == ["plain"]
 
 
 def test_the_command_ends_in_a_table_a_verdict_and_a_report(toy_papers, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 from papertrial.errors import PapertrialError
 from papertrial.home import home
 from papertrial.lab import figures, summary
-from papertrial.lab.claim import PaperCard
+from papertrial.lab.claim import Claim, PaperCard
 from papertrial.lab.evidence import Evidence, write_atomically
 
 
@@ -25,7 +25,9 @@ def drawings(card: PaperCard, evidence: Evidence) -> dict[str, Any]:
 
     Figures that a trial kept are the first seed's; curves and arms show every seed.
     """
-    judged = {claim.metric: claim for claim in card.claim}
+    judged: dict[str, Claim] = {}
+    for claim in card.claim:
+        judged.setdefault(claim.metric, claim)  # of claims on one metric the first is drawn
     palette = figures.colours(evidence.arms)
     curves: dict[str, None] = {}
     for trial in evidence.trials:

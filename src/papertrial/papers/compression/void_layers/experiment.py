@@ -108,6 +108,7 @@ SCALES = {
 }
 
 PHASE_SETS = {"both": ("prompt", "response"), "prompt": ("prompt",), "response": ("response",)}
+AUTHORS_ALPHA = 0.8
 CONTROLS = ("random_skip", "random_late_skip", "early_exit", "least_turning_skip")
 
 
@@ -313,7 +314,7 @@ def _show_accuracy(trial: Trial, sweep: Sweep, curves: dict[str, list[tuple[floa
 def _phases(trial: Trial, model: PreTrainedModel, questions: Questions, results: dict[str, dict[str, float]]) -> None:
     """Profiles while the unchanged model reads the prompts and writes its answers, over all alphas above zero.
 
-    The authors' 0.8 alone would say little here: the first block's jump is so large that it voids nearly everything
+    The authors' alpha alone would say little here: the first block's jump is so large that it voids nearly everything
     after the second block in either phase. It is reported beside.
     """
     ids, mask = left_pad(questions.prompts, 0)
@@ -370,8 +371,10 @@ def _distances(trial: Trial, trace: LayerTrace, metric: str, results: dict[str, 
     null = torch.stack(deals).mean(0)
     results.setdefault("lac", {})[metric] = sum(found) / len(found)
     results.setdefault("shuffled_phases", {})[metric] = float(null.mean())
-    results["lac"][f"{metric}@0.8"] = found[-1]
-    results["shuffled_phases"][f"{metric}@0.8"] = float(deals[-1].mean())
+    if AUTHORS_ALPHA in trial["alphas"]:
+        place = [alpha for alpha in trial["alphas"] if alpha > 0].index(AUTHORS_ALPHA)
+        results["lac"][f"{metric}@{AUTHORS_ALPHA}"] = found[place]
+        results["shuffled_phases"][f"{metric}@{AUTHORS_ALPHA}"] = float(deals[place].mean())
     trial.note(f"99th percentile of the null of {metric}", round(float(null.quantile(0.99)), 4))
     return found
 

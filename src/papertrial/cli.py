@@ -389,9 +389,9 @@ def apply(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write; must not exist.")] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text that the method may look at: .jsonl with a text a line, or plain text.")
+        str | None, typer.Option(help="Text that the method may look at: .txt, .jsonl, .json, .csv or a Hub id.")
     ] = None,
-    evaluation: Annotated[Path | None, typer.Option(help="Text on which perplexity is measured, likewise.")] = None,
+    evaluation: Annotated[str | None, typer.Option(help="Text on which perplexity is measured, likewise.")] = None,
     evaluation_tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it.")] = 20_000,
     seed: Annotated[int, typer.Option(min=0, help="Of what the method draws.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",

@@ -17,7 +17,7 @@ from papertrial import cli
 from papertrial.errors import PapertrialError, UsageError
 from papertrial.lab import applying
 from papertrial.lab.apply_options import applicable, given_options, method_of, options_of
-from papertrial.lab.applying import apply_to_checkpoint, read_texts
+from papertrial.lab.applying import apply_to_checkpoint
 from papertrial.lab.claim import find_card
 from papertrial.lm.models import load
 from papertrial.lm.scoring import perplexity
@@ -69,7 +69,7 @@ def texts(tmp_path) -> dict[str, Path]:
     lines = ["the cat sat on the mat, then the dog came back.", "a quick brown fox jumps over the lazy dog!"] * 20
     calibration.write_text("\n".join(json.dumps({"text": line}) for line in lines))
     evaluation.write_text("the lazy dog sat on the mat. then a quick fox came back over the cat! " * 4)
-    return {"calibration": calibration, "evaluation": evaluation}
+    return {"calibration": str(calibration), "evaluation": str(evaluation)}
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_an_applied_method_is_an_ordinary_folder_with_its_tokenizer_and_true_fig
     files = {name: (path / "model.safetensors").stat().st_size for name, path in
              (("before", folder), ("after", tmp_path / "out"))}  # fmt: skip
     assert (files["before"], files["after"]) == (applied.before.bytes, applied.after.bytes)
-    text = texts["evaluation"].read_text()
+    text = Path(texts["evaluation"]).read_text()
     for cost, of in ((applied.before, folder), (applied.after, tmp_path / "out")):
         checkpoint = load(str(of))
         ids = checkpoint.tokenizer(text)["input_ids"][:200]
@@ -222,7 +222,7 @@ def held(model, checkpoint, staging):
 applying._write_model = held
 applying.apply_to_checkpoint(
     find_card("amp_pruning"), sys.argv[1], Path(sys.argv[2]), ["--prompts", "20", "--prompt-tokens", "24"],
-    calibration=Path(sys.argv[3]), evaluation=Path(sys.argv[4]),
+    calibration=sys.argv[3], evaluation=sys.argv[4],
 )
 """
 
@@ -348,39 +348,6 @@ def test_every_paper_that_applies_keeps_to_the_contract():
 # -- texts -------------------------------------------------------------------------------------------------------
 
 
-def test_texts_are_read_from_lines_of_json_or_as_one_document(tmp_path):
-    lines, plain = tmp_path / "a.jsonl", tmp_path / "b.txt"
-    lines.write_text('{"text": "one\\ntwo", "id": 1}\n\n{"text": " "}\n{"text": "three"}\n')
-    plain.write_text("one\n\ntwo\n")
-    assert read_texts(lines) == ["one\ntwo", "three"]
-    assert read_texts(plain) == ["one\n\ntwo\n"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "says"),
-    [
-        ("a.jsonl", b'{"text": "one"}\n{"texts": "two"}', "line 2: not an object with a text"),
-        ("a.jsonl", b"[" * 100_000, "line 1: not an object"),
-        ("a.jsonl", b'{"text": 3}', "line 1"),
-        ("a.txt", b"\xff\xfe", "not UTF-8 text"),
-        ("a.txt", b" \n", "holds no text"),
-    ],
-)
-def test_files_without_text_are_named(tmp_path, name, content, says):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=says):
-        read_texts(tmp_path / name)
-    with pytest.raises(UsageError, match="cannot read"):
-        read_texts(tmp_path / "missing")
-
-
-def test_a_file_that_is_too_large_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(applying, "LARGEST_TEXT", 10)
-    (tmp_path / "a.txt").write_text("more than ten bytes")
-    with pytest.raises(UsageError, match="give a sample"):
-        read_texts(tmp_path / "a.txt")
-
-
 def test_evaluation_text_must_not_be_calibration_text(folder, texts, tmp_path):
     with pytest.raises(UsageError, match="also stands in the calibration"):
         amp(folder, tmp_path / "out", {**texts, "evaluation": texts["calibration"]})
@@ -407,8 +374,8 @@ def test_the_command_writes_the_folder_and_prints_what_it_cost(folder, texts, tm
     done = subprocess.run(
         [
             sys.executable, "-m", "papertrial", "apply", "amp_pruning", "--model", str(folder), "--out",
-            str(tmp_path / "out"), "--ratio", "0.25", "--prompts", "20", "--calibration", str(texts["calibration"]),
-            "--evaluation", str(texts["evaluation"]), "--prompt-tokens", "24", "--json",
+            str(tmp_path / "out"), "--ratio", "0.25", "--prompts", "20", "--calibration", texts["calibration"],
+            "--evaluation", texts["evaluation"], "--prompt-tokens", "24", "--json",
         ],
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
@@ -422,7 +389,7 @@ def test_the_command_writes_the_folder_and_prints_what_it_cost(folder, texts, tm
 def test_the_command_prints_a_table(folder, texts, tmp_path, papertrial):
     out, err, code = papertrial(
         "apply", "amp_pruning", "--model", str(folder), "--out", str(tmp_path / "out"), "--prompts=20",
-        "--calibration", str(texts["calibration"]), "--evaluation", str(texts["evaluation"]), "--prompt-tokens=24",
+        "--calibration", texts["calibration"], "--evaluation", texts["evaluation"], "--prompt-tokens=24",
     )  # fmt: skip
     assert not code, err
     for part in ("parameters", "bytes of weights", "perplexity", "neurons are left", str(tmp_path / "out")):

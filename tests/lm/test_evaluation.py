@@ -9,7 +9,16 @@ import torch
 
 from families import CORE, tiny_model, tiny_tokenizer
 from papertrial.errors import UsageError
-from papertrial.lm.evaluation import Question, Questions, Texts, evaluate, evaluate_questions, evaluate_texts, read_data
+from papertrial.lm.evaluation import (
+    Question,
+    Questions,
+    Texts,
+    evaluate,
+    evaluate_questions,
+    evaluate_texts,
+    read_data,
+    read_texts,
+)
 from papertrial.lm.evaluation.measures import wilson
 from papertrial.lm.scoring import windows
 
@@ -153,7 +162,6 @@ def test_every_kind_of_file_is_read(tmp_path):
         ("a.json", '{"text": "x"}', "must hold a list of objects, it holds an object"),
         ("a.json", "[" * 100_000, "is not JSON"),
         ("a.txt", "  \n", "is empty"),
-        ("a.xml", "<a/>", "unknown kind of file '.xml'"),
         ("a.jsonl", '{"question": "x", "choices": ["a", "b"], "answer": 2}', "answer 2 is none of the 2 choices"),
         ("a.jsonl", '{"question": "x", "choices": ["a", "b"], "answer": "C"}', "answer 'C' is none"),
         ("a.jsonl", '{"question": "x", "choices": ["a"], "answer": 0}', "at least two choices"),
@@ -168,6 +176,19 @@ def test_what_is_wrong_with_a_file_is_said_with_its_place(tmp_path, name, rows, 
     path = written(tmp_path, name, rows)
     with pytest.raises(UsageError, match=says):
         read_data(path)
+
+
+def test_texts_are_wanted_where_questions_are_given(tmp_path):
+    questions = written(tmp_path, "q.jsonl", [{"question": "x", "choices": ["a", "b"], "answer": 0}])
+    with pytest.raises(UsageError, match="texts are wanted here"):
+        read_texts(questions)
+    assert read_texts(written(tmp_path, "README.md", "# one")).texts == ("# one",)
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("papertrial.lm.evaluation.data.MAX_BYTES", 10)
+    with pytest.raises(UsageError, match="take a part of it"):
+        read_data(written(tmp_path, "a.txt", "more than ten bytes"))
 
 
 def test_bytes_that_are_no_text_and_names_that_are_no_data(tmp_path):

@@ -26,12 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from papertrial.lm.changing import Changed
+    from papertrial.lm.evaluation import Texts
     from papertrial.lm.models import Checkpoint
 
 Progress = Callable[[str, int, int | None], None]
-
-LARGEST_TEXT = 256 * 2**20
-"""Bytes of a calibration or evaluation file that are read; a larger one is refused."""
 
 WINDOW = 512
 """Tokens of context, at most, when perplexity is measured; half of a window overlaps with the last one."""
@@ -39,14 +37,6 @@ WINDOW = 512
 _TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template.*",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Documents and where they are from."""
-
-    documents: list[str]
-    source: str
 
 
 @dataclass(frozen=True)
@@ -83,8 +73,8 @@ def apply_to_checkpoint(
     out: Path,
     arguments: Sequence[str] = (),
     *,
-    calibration: Path | None = None,
-    evaluation: Path | None = None,
+    calibration: str | None = None,
+    evaluation: str | None = None,
     evaluation_tokens: int = 20_000,
     seed: int = 0,
     device: str = "cpu",
@@ -103,8 +93,8 @@ def apply_to_checkpoint(
     arguments
         The method's own options as on the command line, ``["--ratio", "0.3"]``.
     calibration, evaluation
-        Files with text: ``.jsonl`` with a ``text`` in each line, or any other as one document of UTF-8 text. Default:
-        the training and the held-out part of the house corpus ``prose``.
+        Texts: a file or a data set of the Hub, see `papertrial.lm.evaluation.read_data`. Default: the training and the
+        held-out part of the house corpus ``prose``.
     evaluation_tokens
         Of the evaluation text, how many tokens are used to measure perplexity.
     seed
@@ -131,14 +121,14 @@ def apply_to_checkpoint(
     report("loading the model", 0, None)
     checkpoint = load(model, device=device)
     texts, held_out = _texts(calibration, "train", checkpoint), _texts(evaluation, "test", checkpoint)
-    if set(texts.documents) & set(held_out.documents):
+    if set(texts.texts) & set(held_out.texts):
         raise UsageError("a text of the evaluation also stands in the calibration: the perplexity would flatter")
     generator = torch.Generator().manual_seed(seed)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between libraries; nothing that the user can mend
             changed: Changed = method.apply(
-                checkpoint, texts.documents, options, generator=generator, on_progress=on_progress
+                checkpoint, texts.texts, options, generator=generator, on_progress=on_progress
             )
     except ValueError as error:
         raise UsageError(f"{card.slug} cannot be applied to {model}: {error}") from error
@@ -155,7 +145,7 @@ def apply_to_checkpoint(
             "seed": seed,
             "summary": changed.summary,
             "facts": dict(changed.facts),
-            "calibration": {"source": texts.source, "documents": len(texts.documents)},
+            "calibration": {"source": texts.source, "documents": len(texts.texts)},
             "evaluation": {"source": held_out.source, "tokens": evaluation_tokens, "window": _window(written)},
             "before": vars(before),
             "after": vars(after),
@@ -169,9 +159,12 @@ def apply_to_checkpoint(
 # -- texts and figures -------------------------------------------------------------------------------------------
 
 
-def _texts(path: Path | None, split: Any, checkpoint: "Checkpoint") -> Texts:
-    if path is not None:
-        return Texts(read_texts(path), path.name)
+def _texts(source: str | None, split: Any, checkpoint: "Checkpoint") -> "Texts":
+    from papertrial.lm.evaluation import Texts, read_texts
+
+    if source is not None:
+        found = read_texts(source)
+        return Texts(found.texts, Path(source).name)  # not whose disk it lies on
     from papertrial.lm.corpora import corpus, unseen_by
 
     prose = corpus("prose")
@@ -179,55 +172,19 @@ def _texts(path: Path | None, split: Any, checkpoint: "Checkpoint") -> Texts:
     if split == "test" and checkpoint.name.startswith("house:"):
         documents = unseen_by(checkpoint.name.removeprefix("house:"), documents)
     what = {"train": "training part", "test": "held-out part"}[split]
-    return Texts([document.text for document in documents], f"house corpus prose, {what}, {prose.digest[:12]}")
-
-
-def read_texts(path: Path) -> list[str]:
-    """Documents of a ``.jsonl`` file (``{"text": ...}`` in each line), or of any other file, which is one document.
-
-    Raises
-    ------
-    UsageError
-        For a file that is missing, too large, empty, not UTF-8, or a line without a text.
-    """
-    try:
-        if path.stat().st_size > LARGEST_TEXT:
-            raise UsageError(f"{path} has more than {LARGEST_TEXT // 2**20} MiB: give a sample of it")
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    if path.suffix != ".jsonl":
-        documents = [content]
-    else:
-        documents = []
-        for number, line in enumerate(content.splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                text = None
-            if not isinstance(text, str):
-                raise UsageError(f'{path}, line {number}: not an object with a text, as in {{"text": "..."}}')
-            documents.append(text)
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise UsageError(f"{path} holds no text")
-    return documents
+    return Texts(tuple(document.text for document in documents), f"house corpus prose, {what}, {prose.digest[:12]}")
 
 
 def _window(checkpoint: "Checkpoint") -> int:
     return min(WINDOW, getattr(checkpoint.model.config, "max_position_embeddings", None) or WINDOW)
 
 
-def _cost(checkpoint: "Checkpoint", texts: Texts, tokens: int, report: Callable[[int, int | None], None]) -> Cost:
+def _cost(checkpoint: "Checkpoint", texts: "Texts", tokens: int, report: Callable[[int, int | None], None]) -> Cost:
     from papertrial.lm.scoring import sequence_nll
 
     model, window = checkpoint.model, _window(checkpoint)
     nats, count = 0.0, 0
-    for text in texts.documents:
+    for text in texts.texts:
         report(count, tokens)
         ids = checkpoint.tokenizer(text, verbose=False)["input_ids"][: tokens - count]
         if len(ids) > 1:

@@ -7,7 +7,7 @@
 The standard tasks of lm-evaluation-harness run through :func:`papertrial.lm.evaluation.harness.run_tasks`.
 """
 
-from papertrial.lm.evaluation.data import Question, Questions, Texts, read_data
+from papertrial.lm.evaluation.data import Question, Questions, Texts, read_data, read_texts
 from papertrial.lm.evaluation.measures import Result, evaluate, evaluate_questions, evaluate_texts
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "evaluate_questions",
     "evaluate_texts",
     "read_data",
+    "read_texts",
 ]

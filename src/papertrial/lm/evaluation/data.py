@@ -59,10 +59,10 @@ def read_data(source: str, *, limit: int | None = None) -> Texts | Questions:
     Parameters
     ----------
     source
-        A file: ``.txt`` or ``.md`` (one document), ``.jsonl``, ``.json`` (a list of objects) or ``.csv`` with a header.
-        Or a data set ``id[:configuration][@split]`` (split: test), which needs the package ``datasets``. Rows with
-        choices are questions, rows with a text are texts; see ``QUESTION_FIELDS`` and its neighbours for the names that
-        fields may have. An answer is a number from 0, a letter, one of the labels of ``choices``, or a choice itself.
+        A file: ``.jsonl``, ``.json`` (a list of objects), ``.csv`` with a header, or any other as one document of UTF-8
+        text. Or a data set ``id[:configuration][@split]`` (split: test), which needs the package ``datasets``. Rows
+        with choices are questions, rows with a text are texts; see ``QUESTION_FIELDS`` and its neighbours for the names
+        that fields may have. An answer is a number from 0, a letter, one of the labels of ``choices``, or a choice.
     limit
         Read at most so many rows.
 
@@ -74,7 +74,7 @@ def read_data(source: str, *, limit: int | None = None) -> Texts | Questions:
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1, got {limit}")
     path = Path(source)
-    if path.suffix in (".txt", ".md") and path.is_file():
+    if path.is_file() and path.suffix not in (".jsonl", ".json", ".csv"):
         text = _read(path)
         if not text.strip():
             raise UsageError(f"{source} is empty")
@@ -83,7 +83,16 @@ def read_data(source: str, *, limit: int | None = None) -> Texts | Questions:
     return _sorted_out(islice(rows, limit), source)
 
 
+def read_texts(source: str, *, limit: int | None = None) -> Texts:
+    """Texts, read as by :func:`read_data`; a `UsageError` where the source holds questions."""
+    data = read_data(source, limit=limit)
+    if isinstance(data, Questions):
+        raise UsageError(f"{source} holds multiple-choice questions; texts are wanted here")
+    return data
+
+
 def _read(path: Path) -> str:
+    """The text of a file, once it is known to be one."""
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise UsageError(f"{path} has {size >> 20} MiB; at most {MAX_BYTES >> 20} MiB are read: take a part of it")
@@ -91,6 +100,8 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -105,14 +116,12 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
         if not isinstance(rows, list):
             raise UsageError(f"{path} must hold a list of objects, it holds {_kind(rows)}")
         yield from ((f"entry {number}", row) for number, row in enumerate(rows, start=1))
-    elif path.suffix == ".csv":
+    else:
         try:
             for number, row in enumerate(csv.DictReader(io.StringIO(text), strict=True), start=2):
                 yield f"row {number}", row
         except csv.Error as error:
             raise UsageError(f"{path} is not CSV: {error}") from None
-    else:
-        raise UsageError(f"{path}: unknown kind of file {path.suffix!r}; use .txt, .md, .jsonl, .json or .csv")
 
 
 def _json(text: str, where: str) -> Any:

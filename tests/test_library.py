@@ -76,6 +76,7 @@ def test_a_method_stands_on_lm_only_and_an_experiment_uses_only_the_trial(slug):
                 "papertrial.lab.trial",
                 "papertrial.lab.trial.Trial",
                 "papertrial.lab.trial.PreconditionFailed",
+                "papertrial.lab.trial.Metrics",
             }
         assert not rooms_of(names) - allowed, f"{path.relative_to(folder)} imports {sorted(rooms_of(names) - allowed)}"
 

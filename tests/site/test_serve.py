@@ -79,7 +79,7 @@ def test_a_start_takes_two_seconds_of_processor_time_at_most(serving: Callable[.
     assert _spent(first) < START_SECONDS  # with a new database, and the catalogue in it
     first.terminate()
     first.wait()
-    again, url = serving(page="/")
+    again, url = serving()
     assert _spent(again) < START_SECONDS
     assert httpx.get(f"{url}/health").json()["papers"] >= 100
 

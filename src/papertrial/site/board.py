@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from papertrial.errors import PapertrialError
+from papertrial.lab import summary
 from papertrial.lab.catalogue import Standing
 from papertrial.lab.claim import PaperCard, paper_folders, read_card
+from papertrial.lab.evidence import Evidence, reference_evidence
 from papertrial.lab.verdict import Judgement
 from papertrial.site.standings import Stamp, Standings, key_of, shared_stamp
 
@@ -19,22 +21,42 @@ _WATCHED = (".toml", ".json", ".py")
 
 @dataclass(eq=False)
 class Entry:
-    """One paper in scope. Standing and judgements are worked out when they are first asked for, then kept."""
+    """One paper in scope. What is asked for is worked out once, then kept.
+
+    Evidence and judgements take milliseconds. A standing that is not remembered takes some fifty, because all of the
+    paper's code is read for it: lists of papers do without.
+    """
 
     card: PaperCard
     stamp: Stamp
     key: str
     remembered: Standings
+    _evidence: dict[str, Evidence] | None = None
     _standing: Standing | None = None
     _judgements: list[Judgement] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def evidence(self) -> dict[str, Evidence]:
+        """The recorded evidence by scale, the largest last; empty where there is none, or none can be read."""
+        with self._lock:
+            return self._read_evidence()
+
+    def _read_evidence(self) -> dict[str, Evidence]:
+        if self._evidence is None:
+            try:
+                self._evidence = reference_evidence(self.card) if self.card.on_trial else {}
+            except Exception:
+                log.exception("the evidence of %s cannot be read", self.card.slug)
+                self._evidence = {}
+        return self._evidence
 
     @property
     def standing(self) -> Standing:
         with self._lock:
             if self._standing is None:
                 try:
-                    self._standing = self.remembered.of(self.card, self.key)
+                    self._standing = self.remembered.of(self.card, self.key, self._read_evidence())
                 except Exception as error:  # half-written code, for one: it must not take the other papers down
                     log.exception("%s cannot be read", self.card.slug)
                     self._standing = Standing(self.card, "incomplete", (str(error),), {})
@@ -43,10 +65,10 @@ class Entry:
     @property
     def judgements(self) -> list[Judgement]:
         """Verdicts on every claim from the evidence at the largest scale; empty before there is any."""
-        found = self.standing
         with self._lock:
             if self._judgements is None:
-                self._judgements = found.judgements
+                found = list(self._read_evidence().values())
+                self._judgements = summary.judgements(self.card, found[-1]) if found else []
             return self._judgements
 
     @property
@@ -119,7 +141,7 @@ class Board:
     def warm(self) -> None:
         """Work out every standing ahead of the first reader who asks."""
         for entry in self.snapshot:
-            _ = entry.judgements
+            _ = entry.judgements, entry.standing
         self._remembered.save()
 
 

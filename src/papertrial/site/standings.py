@@ -16,7 +16,7 @@ from papertrial.home import cache_folder
 from papertrial.lab.catalogue import Standing, standing
 from papertrial.lab.claim import PaperCard
 from papertrial.lab.digests import PACKAGE
-from papertrial.lab.evidence import reference_evidence, write_atomically
+from papertrial.lab.evidence import Evidence, write_atomically
 
 log = logging.getLogger("papertrial.site")
 
@@ -31,14 +31,14 @@ class Standings:
         self._known: dict[str, tuple[str, str, tuple[str, ...]]] | None = None
         self._changed = False
 
-    def of(self, card: PaperCard, key: str) -> Standing:
-        """Where a paper stands: as it is remembered under a key, or worked out."""
+    def of(self, card: PaperCard, key: str, evidence: dict[str, Evidence]) -> Standing:
+        """Where a paper with some evidence stands: as it is remembered under a key, or worked out."""
         with self._lock:
             if self._known is None:
                 self._known = _read()
             held = self._known.get(card.slug)
         if held is not None and held[0] == key:
-            return Standing(card, held[1], held[2], reference_evidence(card))  # type: ignore[arg-type]
+            return Standing(card, held[1], held[2], evidence)  # type: ignore[arg-type]
         found = standing(card)
         if found.state in ("fresh", "aged", "stale"):
             with self._lock:

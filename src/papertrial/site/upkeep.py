@@ -40,7 +40,7 @@ def jobs(here: Context) -> list[Job]:
         Job("index", 15.0, lambda: update_index_now(here), everywhere=True, apart=True, after=1.0),
         Job("pulse", 300.0, lambda: pulse.refresh_all(here.store), after=2.0),
         Job("submissions", 60.0, lambda: _work_off_submissions(here), apart=True, after=2.0),
-        Job("board", 5.0, lambda: _refresh_board(here), everywhere=True),
+        Job("board", 5.0, lambda: _refresh_board(here), everywhere=True, after=1.5),
         *ingesting.jobs(here),
     ]
 

@@ -63,6 +63,6 @@ def _trial(entry: Entry) -> list[str]:
     lines += ["", f"Limits: {escaped(card.limits)}"]
     if card.finding:
         lines += ["", f"Our reading: {escaped(card.finding)}"]
-    for evidence in entry.standing.evidence.values():
+    for evidence in entry.evidence.values():
         lines += ["", f"To repeat: `{repeat_command(evidence)}`"]
     return lines

@@ -73,7 +73,7 @@ def content_of(here: Context, digest: Digest, recommender: Recommender | None = 
 
 def _recorded(entry: Entry) -> datetime | None:
     """When the evidence of a paper's verdict was recorded: UTC, no zone."""
-    evidence = list(entry.standing.evidence.values())
+    evidence = list(entry.evidence.values())
     if not evidence or entry.headline is None:
         return None
     moment = evidence[-1].recorded

@@ -158,7 +158,7 @@ def evidence(here: Context, name: str, scale: str | None) -> EvidenceAnswer:
         404 for a paper that is not in scope, or has nothing at that scale.
     """
     entry = in_scope(here, name)
-    recorded = entry.standing.evidence
+    recorded = entry.evidence
     if scale is not None and scale not in recorded:
         known = ", ".join(recorded) or "none yet"
         raise Problem(404, f"scale: {entry.card.slug} has no evidence at {scale}; recorded: {known}", field="scale")

@@ -108,7 +108,7 @@ def latest_verdicts(here: Context) -> list[Line]:
 
     def make() -> list[Line]:
         judged = [entry for entry in snapshot if entry.headline is not None and entry.headline.effect is not None]
-        judged.sort(key=lambda e: max(evidence.recorded for evidence in e.standing.evidence.values()), reverse=True)
+        judged.sort(key=lambda e: max(evidence.recorded for evidence in e.evidence.values()), reverse=True)
         return [line_of(entry) for entry in judged[:LATEST]]
 
     return here.cache.get(("latest-verdicts", snapshot.number), 3600.0, make)

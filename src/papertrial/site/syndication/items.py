@@ -105,7 +105,7 @@ def _byline(pick: Pick) -> str:
 def of_verdict(here: Context, entry: Entry) -> Item | None:
     """The verdict on a paper's headline claim as an item; None before there is evidence."""
     judged = entry.headline
-    evidence = list(entry.standing.evidence.values())
+    evidence = list(entry.evidence.values())
     if judged is None or not evidence:
         return None
     card, recorded = entry.card, evidence[-1].recorded

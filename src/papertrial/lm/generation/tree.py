@@ -172,13 +172,13 @@ def look_ahead(decoder: StepDecoder, tokens: Tensor, parents: Sequence[int]) -> 
         raise ValueError("this model and cache cannot run a tree (see can_look_ahead): repeat the rows instead")
     if tokens.shape != (decoder.input_ids.shape[0], len(parents)):
         raise ValueError(f"tokens must be {(decoder.input_ids.shape[0], len(parents))}, got {tuple(tokens.shape)}")
-    model, device = decoder.model, decoder.input_ids.device
+    device = decoder.input_ids.device
     sees, depths = (part.to(device) for part in tree_mask(parents))
     visible = torch.cat(
         [decoder.attention_mask.bool()[:, None, :].expand(-1, len(parents), -1), sees.expand(len(tokens), -1, -1)], 2
     )
-    inputs: dict[str, Any] = {"input_ids": tokens.to(device), "attention_mask": _additive(decoder, visible, depths), "use_cache": True}
-    inputs |= {"past_key_values": decoder.cache}
+    inputs: dict[str, Any] = {"input_ids": tokens.to(device), "use_cache": True, "past_key_values": decoder.cache}
+    inputs["attention_mask"] = _additive(decoder, visible, depths)
     if decoder.takes_positions:
         inputs["position_ids"] = position_ids(decoder.attention_mask)[:, -1:] + 1 + depths
     logits, hidden = decoder.run(inputs, int(depths.max()) + 1)

@@ -64,6 +64,39 @@ def test_every_question_is_answered_as_an_earlier_fact_says(world, questions):
         assert max(counts) - min(counts) <= 1  # none again before all were
 
 
+def test_scattered_facts_are_each_asked_about_once_and_later(world):
+    batch = world.sample(300, generator(8), length=26, facts=8)
+    kind = kinds(world)
+    for row, answers in zip(batch.ids.tolist(), batch.answers.tolist(), strict=True):
+        assert row[0] == BOS
+        said = {}
+        asked = []
+        for i, token in enumerate(row):
+            if token in kind["fact"]:
+                key, value = divmod(token - kind["fact"].start, world.values)
+                assert key not in said
+                said[key] = value
+            elif token in kind["question"]:
+                asked.append(token - kind["question"].start)
+                assert row[i + 1] - kind["answer"].start == said[asked[-1]]
+                assert answers[i + 1]
+        assert sorted(asked) == sorted(said)
+        assert len(said) == sum(answers) == 8
+        assert sum(token in kind["filler"] for token in row) == 26 - 1 - 24
+
+
+def test_scattered_places_are_all_orders_of_events_alike(world):
+    # one fact and its question among two fillers: (4 units choose 2) arrangements, each as likely as the others
+    batch = world.sample(12000, generator(9), length=6, facts=1, questions=1)
+    kind = kinds(world)
+    counts: dict[tuple[str, ...], int] = {}
+    for row in batch.ids.tolist():
+        names = tuple(next(name for name, ids in kind.items() if token in ids) for token in row[1:])
+        counts[names] = counts.get(names, 0) + 1
+    assert len(counts) == 6
+    assert all(abs(n / 12000 - 1 / 6) < 5 * (5 / 36 / 12000) ** 0.5 for n in counts.values())
+
+
 def test_filler_follows_the_chain_across_interruptions(world):
     batch = world.sample(3000, generator(2), length=30, facts=4, questions=4, fact_share=0.3)
     filler = kinds(world)["filler"]
@@ -99,9 +132,9 @@ def test_concentration_zero_is_uniform_filler_and_more_is_less_random():
 
 
 def test_same_generator_same_sequences(world):
-    one, other = (world.sample(5, generator(6), facts=4) for _ in range(2))
+    one, other = (world.sample(5, generator(6)) for _ in range(2))
     assert torch.equal(one.ids, other.ids)
-    assert not torch.equal(one.ids, world.sample(5, generator(7), facts=4).ids)
+    assert not torch.equal(one.ids, world.sample(5, generator(7)).ids)
 
 
 @pytest.mark.parametrize(
@@ -109,15 +142,17 @@ def test_same_generator_same_sequences(world):
     [
         ({"count": 0}, "count"),
         ({"facts": 10}, "facts must lie in 1..9"),
-        ({"length": 16, "facts": 4}, "facts must lie in 1..3"),
-        ({"questions": 25}, "25 questions"),
-        ({"questions": -1}, "-1 questions"),
+        ({"questions": -1}, "questions must not be negative"),
+        ({"questions": 3}, "once each"),
+        ({"length": 12}, "do not fit into 12 places"),
+        ({"length": 16, "fact_share": 0.25}, "first 4 places"),
+        ({"questions": 25, "fact_share": 0.25}, "25 questions"),
         ({"fact_share": 1.0}, "fact_share"),
     ],
 )
 def test_impossible_sequences_are_refused(world, arguments, says):
     with pytest.raises(ValueError, match=says):
-        world.sample(**{"count": 2, "generator": generator(), "facts": 4, **arguments})
+        world.sample(**{"count": 2, "generator": generator(), "facts": 4, "questions": 4, **arguments})
 
 
 def test_impossible_worlds_are_refused():

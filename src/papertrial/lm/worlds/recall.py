@@ -117,7 +117,7 @@ class RecallWorld:
         length: int = 64,
         facts: int = 8,
         questions: int = 8,
-        fact_share: float = 0.25,
+        fact_share: float | None = None,
     ) -> RecallBatch:
         """Draw sequences.
 
@@ -126,47 +126,47 @@ class RecallWorld:
         length
             T, bos included.
         facts
-            How many, about different keys, at random places within the first ``fact_share`` of the sequence.
+            How many, about different keys.
         questions
-            How many, at random places after that, each about one of the facts; none is asked again before all were.
+            How many, each about one of the facts; none is asked again before all were.
+        fact_share
+            None scatters everything over the sequence: each fact is asked about once, at a random place after it, so
+            that ``questions`` has to be ``facts``. A number puts the facts at random places of that first part, and the
+            questions at random places of the rest. How far a token is from bos then says what may come next, and a head
+            that looks at bos may be telling early from late rather than idling.
 
         Raises
         ------
         ValueError
             If the facts are more than the keys, or facts or questions do not fit into their part.
         """
-        early = int(length * fact_share)
-        late = length - early
-        if not 0 < fact_share < 1:
-            raise ValueError(f"fact_share is a share between 0 and 1, got {fact_share}")
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        if not 1 <= facts <= min(self.keys, early - 1):
-            raise ValueError(
-                f"facts must lie in 1..{min(self.keys, early - 1)} ({self.keys} keys, {early} places less "
-                f"one for bos), got {facts}"
-            )
-        if questions < 0 or 2 * questions > late:
-            raise ValueError(f"{questions} questions with their answers do not fit into {late} places")
-        ids = self.word(self._chain(count, length, generator))
+        if not 1 <= facts <= self.keys:
+            raise ValueError(f"facts must lie in 1..{self.keys}, the number of keys; got {facts}")
+        if questions < 0:
+            raise ValueError(f"questions must not be negative, got {questions}")
         key = _shuffled(count, self.keys, generator)[:, :facts]  # (B, facts)
         value = torch.randint(self.values, (count, facts), generator=generator)
-        places = 1 + _shuffled(count, early - 1, generator)[:, :facts]
-        interrupted = torch.zeros_like(ids, dtype=torch.bool).scatter(1, places, True)
-        marked = torch.zeros_like(ids).scatter(1, places, self.fact(key, value))
-        rounds = [_shuffled(count, facts, generator) for _ in range(-(-questions // facts))]
-        asked = torch.cat(rounds, 1)[:, :questions] if rounds else ids[:, :0]
-        # pairs without overlap: choose among the places left when every pair is one place
-        starts = _shuffled(count, late - questions, generator)[:, :questions].sort(1).values
-        starts = early + starts + torch.arange(questions)
-        interrupted.scatter_(1, starts, True).scatter_(1, starts + 1, True)
+        if fact_share is None:
+            if questions != facts:
+                raise ValueError(f"scattered facts are asked about once each: {facts} facts, {questions} questions")
+            places, starts = _scattered(count, length, facts, generator)
+            asked = torch.arange(facts).expand(count, facts)
+        else:
+            places, starts = _parted(count, length, facts, questions, fact_share, generator)
+            rounds = [_shuffled(count, facts, generator) for _ in range(-(-questions // facts))]
+            asked = torch.cat(rounds, 1)[:, :questions] if rounds else places[:, :0]
+        marked = torch.full((count, length), -1)
+        marked[:, 0] = BOS
+        marked.scatter_(1, places, self.fact(key, value))
         marked.scatter_(1, starts, self.question(key.gather(1, asked)))
         marked.scatter_(1, starts + 1, self.answer(value.gather(1, asked)))
-        answers = torch.zeros_like(interrupted).scatter(1, starts + 1, True)
-        interrupted[:, 0], marked[:, 0] = True, BOS
+        answers = torch.zeros_like(marked, dtype=torch.bool).scatter(1, starts + 1, True)
         # the chain goes on behind an interruption where it stopped before it
-        step = (~interrupted).long().cumsum(1) - 1
-        return RecallBatch(torch.where(interrupted, marked, ids.gather(1, step.clamp(min=0))), answers)
+        step = (marked < 0).long().cumsum(1) - 1
+        filler = self.word(self._chain(count, length, generator)).gather(1, step.clamp(min=0))
+        return RecallBatch(torch.where(marked < 0, filler, marked), answers)
 
     def _chain(self, count: int, length: int, generator: torch.Generator) -> Tensor:
         """States (B, T) of independent chains, from a uniform start."""
@@ -184,3 +184,34 @@ class RecallWorld:
 def _shuffled(count: int, items: int, generator: torch.Generator) -> Tensor:
     """(count, items) random orders."""
     return torch.rand(count, items, generator=generator).argsort(1)
+
+
+def _scattered(count: int, length: int, facts: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Places (count, facts) of facts and of the questions about them, each question somewhere after its fact."""
+    filler = length - 1 - 3 * facts
+    if filler < 0:
+        raise ValueError(f"{facts} facts and their questions do not fit into {length} places, one of them for bos")
+    # random pairs of events in their order: the earlier of a pair tells, the later asks
+    pairs = _shuffled(count, 2 * facts, generator).view(count, facts, 2).sort(2).values
+    asks = torch.zeros(count, 2 * facts, dtype=torch.long).scatter(1, pairs[..., 1], 1)
+    events = _shuffled(count, filler + 2 * facts, generator)[:, : 2 * facts].sort(1).values
+    places = 1 + events + asks.cumsum(1) - asks  # a question takes one place more
+    return places.gather(1, pairs[..., 0]), places.gather(1, pairs[..., 1])
+
+
+def _parted(
+    count: int, length: int, facts: int, questions: int, fact_share: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Places (count, facts) in the first part, and of questions (count, questions) in the rest, ascending."""
+    if not 0 < fact_share < 1:
+        raise ValueError(f"fact_share is a share between 0 and 1, got {fact_share}")
+    early = int(length * fact_share)
+    late = length - early
+    if facts > early - 1:
+        raise ValueError(f"{facts} facts do not fit into the first {early} places, one of them for bos")
+    if 2 * questions > late:
+        raise ValueError(f"{questions} questions with their answers do not fit into the last {late} places")
+    places = 1 + _shuffled(count, early - 1, generator)[:, :facts]
+    # pairs without overlap: choose among the places left when every pair is one place
+    starts = _shuffled(count, late - questions, generator)[:, :questions].sort(1).values
+    return places, early + starts + torch.arange(questions)

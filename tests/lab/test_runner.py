@@ -250,6 +250,8 @@ def held_run(toy_papers, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PAPERTRIAL_PAPERS": str(toy_papers), "PAPERTRIAL_HOME": str(home), **environment},
+        # a shell that runs the tests in the background has them, and so their children, ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list(home.glob("runs/toy/*/seed-0.json")):

@@ -81,13 +81,14 @@ def test_adding_a_document_moves_no_other(prose):
     assert [d for d in after if d.name != named("train")[0]] == before
 
 
-def test_two_readings_give_the_same_digest_and_the_cache_gives_it_again(own_home, monkeypatch):
+def test_two_readings_give_the_same_digest_and_the_cache_gives_it_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPERTRIAL_HOME", str(tmp_path))  # its cache is this test's alone
     monkeypatch.setitem(corpora.PACKAGES, "prose", ("accelerate",))  # a small one
     readings, given = [], []
     read = corpora.prose_documents
     monkeypatch.setattr(corpora, "prose_documents", lambda packages: readings.append(packages) or read(packages))
     for damage in (False, False, True):
-        (cached,) = (own_home / "cache" / "corpora").glob("prose-*.json") if given else (None,)
+        (cached,) = (tmp_path / "cache" / "corpora").glob("prose-*.json") if given else (None,)
         if damage:
             cached.write_text(cached.read_text().replace("the", "teh", 50))
         corpora._corpus.cache_clear()

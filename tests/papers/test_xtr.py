@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -17,8 +18,11 @@ from papertrial.papers.retrieval.xtr.method import (
     XTRRetriever,
     aggregate,
     colbert_loss,
+    expected_rank,
     maxsim,
+    missing_similarities,
     multiply_adds,
+    power_law,
     retrieved_tokens,
     token_recall,
     token_similarities,
@@ -168,14 +172,27 @@ def in_words(near, document_of, impute):
         [s for s, t in zip(*row, strict=True) if t >= 0 and not math.isnan(s)]
         for row in zip(near.scores.tolist(), near.indices.tolist(), strict=True)
     ]
-    missing = {"last": [min(k) for k in kept], "mean": [sum(k) / len(k) for k in kept], "zero": [0.0] * len(kept)}[
-        impute
-    ]
+    missing = {
+        "last": [min(k) for k in kept],
+        "mean": [sum(k) / len(k) for k in kept],
+        "zero": [0.0] * len(kept),
+        "power_law": [law_in_words(k, document_of) for k in kept],
+    }[impute]
     result = {c: sum(mine.get(i, missing[i]) for i in range(len(kept))) / len(kept) for c, mine in values.items()}
     return sorted(result.items(), key=lambda item: (-item[1], item[0]))
 
 
-@pytest.mark.parametrize("impute", ["last", "mean", "zero"])
+def law_in_words(scores, document_of):
+    """What a line through the logarithms of one query token's scores gives to an average document."""
+    if min(scores) <= 0 or len(scores) < 2:
+        return min(scores)
+    line = np.polynomial.Polynomial.fit(np.log(np.arange(1, len(scores) + 1)), np.log(scores), 1)
+    tokens, documents = len(document_of), int(document_of.max()) + 1
+    rank = len(scores) + (tokens - len(scores) + 1) / (tokens / documents + 1)
+    return min(math.exp(line(math.log(rank))), min(scores))
+
+
+@pytest.mark.parametrize("impute", ["last", "mean", "zero", "power_law"])
 @pytest.mark.parametrize("seed", range(4))
 def test_aggregation_equals_dictionaries_also_with_ties_and_gaps(seed, impute):
     draw = np.random.default_rng(seed)
@@ -194,6 +211,70 @@ def test_aggregation_equals_dictionaries_also_with_ties_and_gaps(seed, impute):
     assert torch.equal(document_of[found.retrieved[hit]], found.documents[:, None].expand_as(hit)[hit])
     if impute == "last":
         assert torch.equal(found.scores, found.values.mean(1))
+
+
+def test_a_power_law_is_continued_exactly_whatever_its_exponent_and_gaps():
+    ranks = torch.arange(1, 13).double()
+    scale, exponent = torch.tensor([0.9, 0.5, 0.7, 1e-3]).double(), torch.tensor([0.3, 0.0, 1.2, 2.0]).double()
+    scores = (scale[:, None] * ranks ** -exponent[:, None]).float()
+    usable = torch.ones(4, 12, dtype=torch.bool)
+    usable[1, 2:] = False  # two scores are enough for a law
+    rank = torch.tensor([1000.0, 3.0, 13.0, 77.5]).double()
+    expected = (scale * rank**-exponent).float()
+    torch.testing.assert_close(power_law(scores, usable, rank), expected, atol=0, rtol=1e-5)  # scores are float32
+    # a score that is no number takes no rank: the law goes on behind it
+    holes = torch.cat([scores[:, :5], torch.full((4, 1), torch.nan), scores[:, 5:]], dim=1)
+    among = torch.cat([usable[:, :5], torch.zeros(4, 1, dtype=torch.bool), usable[:, 5:]], dim=1)
+    torch.testing.assert_close(power_law(holes, among, rank), expected, atol=0, rtol=1e-5)
+
+
+def test_a_law_through_noisy_scores_is_the_least_squares_line_and_never_above_the_last_score():
+    draw = np.random.default_rng(0)
+    scores = torch.from_numpy(-np.sort(-draw.uniform(0.01, 1, (40, 9)), axis=1)).float()
+    rank = torch.from_numpy(draw.uniform(9, 40, 40))
+    found = power_law(scores, torch.ones(40, 9, dtype=torch.bool), rank)
+    lines = [np.polyfit(np.log(np.arange(1, 10)), np.log(row), 1) for row in scores.double().numpy()]
+    law = torch.tensor([math.exp(np.polyval(line, math.log(r))) for line, r in zip(lines, rank, strict=True)])
+    above = law > scores[:, -1]
+    assert 0 < above.sum() < 40
+    torch.testing.assert_close(found, law.minimum(scores[:, -1]), atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scores", "last"),
+    [
+        ([0.4, math.nan, math.nan, math.nan], 0.4),  # one score is no line
+        ([0.4, 0.4, 0.4, 0.4], 0.4),  # a flat law
+        ([0.4, 0.2, 0.1, 0.0], 0.0),  # no logarithm
+        ([0.4, 0.2, -0.1, -0.3], -0.3),
+        ([-0.1, -0.2, -0.3, -0.4], -0.4),
+    ],
+)
+def test_where_no_law_can_be_fitted_the_last_score_is_imputed(scores, last):
+    # beside a query token that has a law, which must not notice
+    both = torch.tensor([scores, [0.8, 0.4, 0.8 / 3, 0.2]])
+    found = missing_similarities(both, both.isfinite(), torch.arange(50), "power_law")
+    assert float(found[0]) == pytest.approx(last, abs=1e-7)
+    assert float(found[1]) == pytest.approx(0.8 / (4 + 47 / 2), rel=1e-5)  # 46 tokens left, documents of one token
+
+
+def test_scores_at_the_edge_of_float_give_a_finite_law():
+    scores = torch.tensor([[1.0, 1e-38], [1e-38, 1e-38], [3e38, 3e38]])
+    found = missing_similarities(
+        scores, torch.ones(3, 2, dtype=torch.bool), torch.zeros(10**6, dtype=torch.long), "power_law"
+    )
+    assert torch.isfinite(found).all()
+    assert (found <= scores[:, 1]).all()
+    assert float(found[0]) < 1e-37
+
+
+def test_the_rank_of_an_unseen_document_is_the_mean_over_all_its_places():
+    for length in (1, 2, 4, 6):  # 12 tokens, 4 of them retrieved
+        first = [min(places) for places in itertools.combinations(range(1, 9), length)]
+        rank = expected_rank(torch.tensor([4]), tokens=12, documents=12 // length)
+        assert float(rank) == pytest.approx(4 + sum(first) / len(first))
+    with pytest.raises(ValueError, match="rank must be"):
+        power_law(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool), torch.tensor([0.5]))
 
 
 def test_retrieving_every_token_is_full_maxsim():

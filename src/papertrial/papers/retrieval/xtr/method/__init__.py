@@ -12,6 +12,7 @@ it could still have had.
 """
 
 from papertrial.papers.retrieval.xtr.method.encoder import TokenEncoder
+from papertrial.papers.retrieval.xtr.method.imputation import expected_rank, missing_similarities, power_law
 from papertrial.papers.retrieval.xtr.method.index import TokenIndex
 from papertrial.papers.retrieval.xtr.method.retrieval import (
     ColBERTRetriever,
@@ -39,8 +40,11 @@ __all__ = [
     "XTRRetriever",
     "aggregate",
     "colbert_loss",
+    "expected_rank",
     "maxsim",
+    "missing_similarities",
     "multiply_adds",
+    "power_law",
     "retrieved_tokens",
     "token_recall",
     "token_similarities",

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from papertrial.lm.datastore import Neighbours
+from papertrial.papers.retrieval.xtr.method.imputation import Imputation, missing_similarities
 from papertrial.papers.retrieval.xtr.method.index import TokenIndex
-
-Imputation = Literal["last", "zero", "mean"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ def aggregate(near: Neighbours, document_of: Tensor, impute: Imputation = "last"
     document_of
         (N,) owner of each token.
     impute
-        ``last``: the k'-th score, an upper bound (the paper's); ``mean`` of the query token's retrieved scores; or
-        ``zero``. The last two are for comparison.
+        ``last``: the k'-th score, an upper bound (the paper's); for comparison ``zero``, ``mean`` of the query token's
+        retrieved scores, or ``power_law`` through them, read further down: see :mod:`.imputation`.
 
     Returns
     -------
@@ -64,23 +63,17 @@ def aggregate(near: Neighbours, document_of: Tensor, impute: Imputation = "last"
     Raises
     ------
     ValueError
-        For a query token that retrieved nothing.
+        For a query token that retrieved nothing, or an ``impute`` that there is not.
 
     References
     ----------
     arXiv 2304.01982, section 3.2, equation 4.
     """
-    if impute not in ("last", "zero", "mean"):
-        raise ValueError(f"impute must be 'last', 'zero' or 'mean', got {impute!r}")
     usable = (near.indices >= 0) & near.scores.isfinite()
     if not bool(usable.any(1).all()):
         raise ValueError("a query token retrieved nothing: let the search look at more")
     scores = near.scores.float()
-    missing = {
-        "last": lambda: scores.masked_fill(~usable, torch.inf).amin(1),
-        "mean": lambda: scores.masked_fill(~usable, 0).sum(1) / usable.sum(1),
-        "zero": lambda: torch.zeros(len(scores)),
-    }[impute]()
+    missing = missing_similarities(scores, usable, document_of, impute)
     rows = torch.arange(len(scores))[:, None].expand_as(near.indices)[usable]
     found, tokens = scores[usable], near.indices[usable]
     documents, column = document_of[tokens].unique(return_inverse=True)

@@ -159,7 +159,7 @@ class SinkReport:
 
     @property
     def strongest(self) -> float:
-        """The largest Sink_k in percent, wherever it is."""
+        """The largest Sink_k in percent, wherever it is; the last columns are means of few rows and exceed easily."""
         return float(self.sink.max())
 
     @property

@@ -1,11 +1,13 @@
 # Two commands: `make demo` and `make test`. Both set up everything themselves in .venv; a second call installs nothing.
-# --no-compile: Python compiles what it imports; compiling all that could be imported takes 0.3 GB.
+# --no-compile: compiling all that could be imported takes 0.3 GB. What is imported is compiled then, also where the
+# environment tells Python to write no bytecode.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint install clean
 

@@ -164,7 +164,7 @@ def _texts(source: str | None, split: Any, checkpoint: "Checkpoint") -> "Texts":
 
     if source is not None:
         found = read_texts(source)
-        return Texts(found.texts, Path(source).name)  # not whose disk it lies on
+        return Texts(found.texts, Path(source).name if Path(source).is_file() else source)  # not whose disk it lies on
     from papertrial.lm.corpora import corpus, unseen_by
 
     prose = corpus("prose")

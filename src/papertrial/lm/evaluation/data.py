@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from papertrial.errors import UsageError
+from papertrial.errors import UsageError, first_line
 
 MAX_BYTES = 512 << 20
 
@@ -147,8 +147,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(rows, start=1):
             yield f"row {number}", row
     except Exception as error:  # the package raises its own, the hub's and the reader's errors
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"cannot read the data set {source}: {first}") from None
+        raise UsageError(f"cannot read the data set {source}: {first_line(error)}") from None
 
 
 def _sorted_out(rows: Iterable[tuple[str, Any]], source: str) -> Texts | Questions:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from papertrial.errors import UsageError
+from papertrial.errors import UsageError, first_line
 from papertrial.lm.models import Checkpoint
 
 
@@ -53,8 +53,7 @@ def run_tasks(
             model=model, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False
         )
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"the harness cannot run {', '.join(tasks)}: {first}") from None
+        raise UsageError(f"the harness cannot run {', '.join(tasks)}: {first_line(error)}") from None
     return {
         task: {name.removesuffix(",none"): float(value) for name, value in measures.items() if _number(value)}
         for task, measures in found["results"].items()

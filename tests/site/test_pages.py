@@ -181,8 +181,10 @@ def test_lists_cost_the_same_number_of_queries_however_long_they_are(site: Site,
 
         def one(_connection: object, _cursor: object, statement: str, *_: object) -> None:
             nonlocal count
-            count += statement.startswith("SELECT") and threading.current_thread().name != "papertrial-jobs"
+            at_a_job = threading.current_thread().name.startswith("papertrial-jobs")
+            count += statement.startswith("SELECT") and not at_a_job
 
+        site.context.cache.clear()  # what an earlier visit left there would save a query
         sa.event.listen(store.engine, "before_cursor_execute", one)
         try:
             assert reader.client.get(f"/day/{TODAY}").status_code == 200

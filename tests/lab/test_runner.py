@@ -183,7 +183,7 @@ def test_of_claims_on_one_metric_the_first_is_drawn(toy, monkeypatch):
     first = toy.claim[0]
     card = toy.model_copy(update={"claim": [first, first.model_copy(update={"baseline": "control"})]})
     drawn = []
-    monkeypatch.setattr("papertrial.lab.figures.draw_arms", lambda _, claim: drawn.append(claim.baseline))
+    monkeypatch.setattr("papertrial.lab.figures.draw_arms", lambda _, claim, width: drawn.append(claim.baseline))
     drawings(card, evidence)
     assert drawn == ["plain"]
 

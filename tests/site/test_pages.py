@@ -294,7 +294,9 @@ def test_figures_are_drawn_once_and_kept_for_ever(site: Site) -> None:
     text = site.client.get("/papers/sheep_upheld").text
     figures = re.findall(r'<img src="(/figures/[^"]+)" width="\d+" height="\d+" alt="[^"]+" loading="lazy">', text)
     assert [Path(address).stem for address in figures] == ["arms-0", "figures-0", "curves-0"]
-    for address in figures:
+    narrow = re.findall(r'<source media="[^"]+" srcset="(/figures/[^"]+)"', text)
+    assert narrow == [address.replace(".svg", "-narrow.svg") for address in figures]
+    for address in figures + narrow:
         answer = site.client.get(address)
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("image/svg+xml")
@@ -302,7 +304,7 @@ def test_figures_are_drawn_once_and_kept_for_ever(site: Site) -> None:
         assert "script" not in answer.headers["content-security-policy"]
         assert "prefers-color-scheme:dark" in answer.text
     kept = list((site.context.settings.folder / "figures").glob("sheep_upheld-small-*/*.svg"))
-    assert len(kept) == 3
+    assert len(kept) == 6
     stamp = kept[0].stat().st_mtime_ns
     site.client.get(figures[0])
     assert kept[0].stat().st_mtime_ns == stamp
@@ -317,7 +319,11 @@ def test_figures_are_drawn_once_and_kept_for_ever(site: Site) -> None:
 
 def test_the_declared_size_of_a_figure_is_the_one_it_was_drawn_at(site: Site) -> None:
     text = site.client.get("/papers/sheep_upheld").text
-    for address, width, height in re.findall(r'<img src="(/figures/[^"]+)" width="(\d+)" height="(\d+)"', text):
+    declared = re.findall(
+        r'<(?:img src|source media="[^"]+" srcset)="(/figures/[^"]+)" width="(\d+)" height="(\d+)"', text
+    )
+    assert len(declared) == 6
+    for address, width, height in declared:
         drawn = re.search(r'<svg[^>]* width="([\d.]+)pt"', site.client.get(address).text)
         tall = re.search(r'<svg[^>]* height="([\d.]+)pt"', site.client.get(address).text)
         assert drawn is not None

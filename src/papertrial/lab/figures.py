@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LARGEST = 4000
+WIDE, NARROW = 6.4, 4.2  # inches: beside text, and on a phone
 # Okabe and Ito's palette: told apart with every common colour blindness, visible on white and on near-black.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#999933", "#7F7F7F")
 INK = "#6b7280"  # replaced by the page's own text colour
@@ -87,10 +89,10 @@ def colours(arms: Sequence[str]) -> dict[str, str]:
     return {arm: PALETTE[i % len(PALETTE)] for i, arm in enumerate(arms)}
 
 
-def draw_arms(evidence: Evidence, claim: Claim) -> str:
+def draw_arms(evidence: Evidence, claim: Claim, width: float = WIDE) -> str:
     """Every arm's metric: a point per seed, the mean and its 95 % interval. The claimed pair is drawn bold."""
     arms = [arm for arm in evidence.arms if evidence.values(arm, claim.metric)]
-    figure, axes = _canvas(6.4, 0.9 + 0.42 * len(arms))
+    figure, axes = _canvas(width, 0.9 + 0.42 * len(arms))
     palette = colours(evidence.arms)
     for row, arm in enumerate(arms):
         values = evidence.values(arm, claim.metric)
@@ -108,14 +110,14 @@ def draw_arms(evidence: Evidence, claim: Claim) -> str:
     axes.invert_yaxis()
     axes.margins(y=0.5 / max(len(arms), 1))
     arrow = "higher is what the paper claims" if claim.better == "higher" else "lower is what the paper claims"
-    axes.set_xlabel(f"{claim.metric}{f' ({claim.unit})' if claim.unit else ''} - {arrow}")
+    _label_x(axes, f"{claim.metric}{f' ({claim.unit})' if claim.unit else ''} - {arrow}", width)
     axes.grid(axis="x", color=INK, alpha=0.2, lw=0.6)
     return _svg(figure, f"{claim.metric} of every arm: a point per seed, the mean and its 95 % interval")
 
 
-def draw_curves(evidence: Evidence, curve: str) -> str:
+def draw_curves(evidence: Evidence, curve: str, width: float = WIDE) -> str:
     """A logged curve: each arm's mean over seeds, with every seed as a thin line."""
-    figure, axes = _canvas(6.4, 3.2)
+    figure, axes = _canvas(width, 3.2)
     palette = colours(evidence.arms)
     spare = iter(PALETTE[::-1])
     arms: dict[str, None] = {}
@@ -131,15 +133,15 @@ def draw_curves(evidence: Evidence, curve: str) -> str:
                 by_x.setdefault(x, []).append(y)
         shared = sorted(x for x, ys in by_x.items() if len(ys) == len(lines))
         axes.plot(shared, [math.fsum(by_x[x]) / len(by_x[x]) for x in shared], color=colour, lw=1.8, label=arm)
-    axes.set_ylabel(curve)
-    _legend(axes, len(arms))
+    _label_y(axes, curve)
+    _legend(figure, list(arms), width)
     axes.grid(color=INK, alpha=0.18, lw=0.6)
     return _svg(figure, f"{curve} of every arm; thin lines are seeds, thick ones their mean")
 
 
-def draw(data: Mapping[str, Any], palette: Mapping[str, str] | None = None) -> str:
+def draw(data: Mapping[str, Any], palette: Mapping[str, str] | None = None, width: float = WIDE) -> str:
     """Draw a figure that a trial kept (see ``figure_data``) as an SVG document fragment."""
-    figure, axes = _canvas(6.4, 3.2)
+    figure, axes = _canvas(width, 3.2)
     series: dict[str, list[Any]] = data["series"]
     fixed = palette or {}
     spare = [colour for colour in PALETTE if colour not in fixed.values()] or list(PALETTE)
@@ -162,10 +164,10 @@ def draw(data: Mapping[str, Any], palette: Mapping[str, str] | None = None) -> s
         axes.set_xscale("log")
     if data["log_y"]:
         axes.set_yscale("log")
-    axes.set_xlabel(data["x_label"])
-    axes.set_ylabel(data["y_label"])
+    _label_x(axes, data["x_label"], width)
+    _label_y(axes, data["y_label"])
     if data["kind"] != "heatmap":
-        _legend(axes, len(series))
+        _legend(figure, list(series), width)
         axes.grid(color=INK, alpha=0.18, lw=0.6)
     return _svg(figure, data["caption"])
 
@@ -196,9 +198,19 @@ def _heatmap(figure: "Figure", axes: "Axes", rows: list[Any]) -> None:
     bar.ax.tick_params(colors=INK, labelsize=8)
 
 
-def _legend(axes: "Axes", entries: int) -> None:
-    if entries > 0:
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=2 if entries > 6 else 1)
+def _label_x(axes: "Axes", label: str, width: float) -> None:
+    axes.set_xlabel(textwrap.fill(label, round(14 * width) - 20))
+
+
+def _label_y(axes: "Axes", label: str) -> None:
+    axes.set_ylabel(textwrap.fill(label, 28))
+
+
+def _legend(figure: "Figure", labels: Sequence[str], width: float) -> None:
+    """Above the axes, where it hides no line, in as many columns as the longest label lets."""
+    if labels:
+        columns = max(1, round(width / (0.6 + 0.075 * max(map(len, labels)))))
+        figure.legend(loc="outside upper left", frameon=False, fontsize=8, labelcolor=INK, ncols=columns)
 
 
 def _canvas(width: float, height: float) -> tuple["Figure", "Axes"]:

@@ -20,7 +20,7 @@ def repeat_command(evidence: Evidence) -> str:
     return " ".join(parts)
 
 
-def drawings(card: PaperCard, evidence: Evidence) -> dict[str, Any]:
+def drawings(card: PaperCard, evidence: Evidence, width: float = figures.WIDE) -> dict[str, Any]:
     """Every picture of a run as SVG text: ``arms`` by metric, ``curves`` by name, ``figures`` with their captions.
 
     Figures that a trial kept are the first seed's; curves and arms show every seed.
@@ -34,10 +34,14 @@ def drawings(card: PaperCard, evidence: Evidence) -> dict[str, Any]:
         curves.update(dict.fromkeys(trial.curves))
     measured = {m: c for m, c in judged.items() if evidence.arms and any(evidence.values(a, m) for a in evidence.arms)}
     return {
-        "arms": {metric: figures.draw_arms(evidence, claim) for metric, claim in measured.items()},
-        "curves": {curve: figures.draw_curves(evidence, curve) for curve in curves},
+        "arms": {metric: figures.draw_arms(evidence, claim, width) for metric, claim in measured.items()},
+        "curves": {curve: figures.draw_curves(evidence, curve, width) for curve in curves},
         "figures": [
-            {"name": data["name"], "caption": data["caption"], "svg": figures.draw(data, _palette(data, palette))}
+            {
+                "name": data["name"],
+                "caption": data["caption"],
+                "svg": figures.draw(data, _palette(data, palette), width),
+            }
             for data in (evidence.trials[0].figures if evidence.trials else [])
         ],
     }

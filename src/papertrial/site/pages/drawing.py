@@ -12,6 +12,7 @@ from pathlib import Path
 from papertrial.errors import PapertrialError, UsageError
 from papertrial.lab.claim import find_card
 from papertrial.lab.evidence import reference_evidence
+from papertrial.lab.figures import NARROW, WIDE
 from papertrial.lab.report import drawings
 
 #: An image does not inherit the page's colours: it brings both themes along.
@@ -19,7 +20,9 @@ STYLE = "<style>svg{color:#1c2230}@media (prefers-color-scheme:dark){svg{color:#
 
 
 def draw(slug: str, scale: str, folder: Path) -> None:
-    """Draw ``arms-N.svg``, ``curves-N.svg`` and ``figures-N.svg``; the folder appears when all are done.
+    """Draw ``arms-N.svg``, ``curves-N.svg`` and ``figures-N.svg``, and each for phones as ``...-narrow.svg``.
+
+    The folder appears when all are done.
 
     Raises
     ------
@@ -30,11 +33,13 @@ def draw(slug: str, scale: str, folder: Path) -> None:
     evidence = reference_evidence(card).get(scale)
     if evidence is None:
         raise UsageError(f"{slug} has no evidence at {scale}")
-    drawn = drawings(card, evidence)
     metrics = list(dict.fromkeys(claim.metric for claim in card.claim))
-    pictures = {f"arms-{metrics.index(metric)}": svg for metric, svg in drawn["arms"].items()}
-    pictures |= {f"curves-{place}": svg for place, svg in enumerate(drawn["curves"].values())}
-    pictures |= {f"figures-{place}": figure["svg"] for place, figure in enumerate(drawn["figures"])}
+    pictures: dict[str, str] = {}
+    for width, end in ((WIDE, ""), (NARROW, "-narrow")):
+        drawn = drawings(card, evidence, width)
+        pictures |= {f"arms-{metrics.index(metric)}{end}": svg for metric, svg in drawn["arms"].items()}
+        pictures |= {f"curves-{place}{end}": svg for place, svg in enumerate(drawn["curves"].values())}
+        pictures |= {f"figures-{place}{end}": figure["svg"] for place, figure in enumerate(drawn["figures"])}
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".drawing-"))
     try:

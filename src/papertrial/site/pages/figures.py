@@ -24,7 +24,7 @@ router = APIRouter(include_in_schema=False)
 DRAWING_SECONDS = 120
 WAIT_SECONDS = 30
 _drawing = threading.Lock()
-_NAME = re.compile(r"(?:arms|curves|figures)-\d{1,3}")
+_NAME = re.compile(r"(?:arms|curves|figures)-\d{1,3}(?:-narrow)?")
 
 #: matplotlib writes style attributes; as a document of its own a figure may have them, and nothing else.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"

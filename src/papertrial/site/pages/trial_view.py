@@ -34,10 +34,16 @@ class Picture:
     """A figure that is served as a file of its own; width and height in pixels keep its place on the page."""
 
     address: str
-    width: int
     height: int
     caption: str
     alt: str
+    width: int = round(72 * lab_figures.WIDE)
+    narrow_width: int = round(72 * lab_figures.NARROW)
+
+    @property
+    def narrow_address(self) -> str:
+        """The same figure for phones."""
+        return self.address.removesuffix(".svg") + "-narrow.svg"
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ def _metrics(entry: Entry, evidence: Evidence) -> tuple[list[MetricView], list[M
             name = f"arms-{list(units).index(metric)}"
             alt = f"{metric} of every arm: a point per seed, the mean and its 95 % interval"
             caption = "A point is a seed, the tick the mean, the band its 95 % interval."
-            picture = Picture(_address(entry, evidence, name), 461, height, caption, alt)
+            picture = Picture(_address(entry, evidence, name), height, caption, alt)
         (claimed if metric in units else others).append(MetricView(metric, units.get(metric, ""), found, picture))
     return claimed, others
 
@@ -147,13 +153,11 @@ def _figures(entry: Entry, evidence: Evidence) -> list[Picture]:
     kept = evidence.trials[0].figures if evidence.trials else []
     seed = f" (seed {evidence.seeds[0]})" if len(evidence.seeds) > 1 else ""
     pictures = [
-        Picture(_address(entry, evidence, f"figures-{place}"), 461, 230, f"{data['caption']}{seed}", str(data["name"]))
+        Picture(_address(entry, evidence, f"figures-{place}"), 230, f"{data['caption']}{seed}", str(data["name"]))
         for place, data in enumerate(kept)
     ]
     curves = list(dict.fromkeys(name for trial in evidence.trials for name in trial.curves))
     for place, name in enumerate(curves):
         caption = f"{name}: thin lines are seeds, thick lines their mean."
-        pictures.append(
-            Picture(_address(entry, evidence, f"curves-{place}"), 461, 230, caption, f"{name} of every arm")
-        )
+        pictures.append(Picture(_address(entry, evidence, f"curves-{place}"), 230, caption, f"{name} of every arm"))
     return pictures

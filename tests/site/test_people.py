@@ -219,7 +219,7 @@ def test_votes_here_move_a_paper_in_its_day_and_in_trending(site: Site) -> None:
         confirmed = accounts.reader_by_name(store, reader.name)
         assert confirmed is not None
         votes.cast_vote(store, confirmed, paper_id(site, last))
-    site.context.cache.clear()
+    site.context.bodies.clear()
     by_day = [e["paper"]["id"] for e in site.client.get("/api/daily_papers", params={"date": day}).json()]
     trending = site.client.get("/api/daily_papers", params={"sort": "trending", "limit": 1}).json()
     assert by_day[0] == last

@@ -47,6 +47,8 @@ class Context:
     board: Board = field(default_factory=Board)
     cache: Cache = field(default_factory=Cache)
     _indexed: bool = False
+    #: Answers as they are sent: large, and asked for again at once or not at all.
+    bodies: Cache = field(default_factory=lambda: Cache(entries=64))
     #: Numbers of similar papers: small, many, and dear to find.
     similar: Cache = field(default_factory=lambda: Cache(entries=50_000))
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, StringConstraints
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from papertrial.errors import UsageError
 from papertrial.feed.store import period_bounds
@@ -38,7 +38,7 @@ def daily_papers(
     ] = "publishedAt",
     p: PageNumber = 0,
     limit: Limit = 50,
-) -> JSONResponse:
+) -> Response:
     """The daily feed: of a day, a week, a month, or from the newest day on.
 
     A day is the one on which a paper entered the feed, in the service's time zone (UTC unless set otherwise).
@@ -46,10 +46,12 @@ def daily_papers(
     selection = Selection(period=_period(date, week, month), submitter=submitter)
     order: Literal["votes", "trending"] = "trending" if sort == "trending" else "votes"
 
-    def make() -> list[shapes.Json]:
-        return _entries(list_papers(here.store, selection, order=order, limit=limit, offset=p * limit), here)
+    def body() -> bytes:
+        found = list_papers(here.store, selection, order=order, limit=limit, offset=p * limit)
+        return bytes(JSONResponse(_entries(found, here)).body)
 
-    return JSONResponse(here.cache.get(("daily", selection, order, p, limit), FRESH_SECONDS, make))
+    kept = here.bodies.get(("daily", selection, order, p, limit), FRESH_SECONDS, body)
+    return Response(kept, media_type="application/json")
 
 
 def _period(date: str | None, week: str | None, month: str | None) -> str | None:

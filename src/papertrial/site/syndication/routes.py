@@ -184,7 +184,7 @@ def _answer(request: Request, here: Context, form: str, make: Callable[[], Feed]
     if request.url.query or private:  # there are any number of these: none is worth keeping
         body, tag, changed = written()
     else:
-        body, tag, changed = here.cache.get(("feed", request.url.path), FRESH_SECONDS, written)
+        body, tag, changed = here.bodies.get(("feed", request.url.path), FRESH_SECONDS, written)
     headers = {
         "ETag": tag,
         "Last-Modified": format_datetime(changed, usegmt=True),

@@ -1,15 +1,20 @@
 """Questions with checkable answers of very different lengths, as token ids: what a cascade of two models is tried on.
 
-Three tasks share one format, ``task marker, question, SEP, answer, EOS``:
+A question is a problem and, drawn apart from it, a stretch of the alphabet to recite first: ``task marker, problem,
+first and last letter, SEP, letters, THEN, result, EOS``. The letters are easy, so the length of an answer says nothing
+about how hard its question is, and what makes it hard sits in the few tokens of the result:
 
-- compare: which of two three-digit numbers is larger; one answer token;
-- recite: the alphabet from one letter to its end, then the value of a sum of two numbers below 20; 4 to 28 answer
-  tokens, all but the digits of the sum easy. Vowels may be written in capitals, which makes no difference: a model
-  cannot know which it will be, and need not, as with the many ways to say a thing in natural text;
-- recall: the name that belongs to a three-letter key; 1 to 6 answer tokens, learnt by heart. How often a key is asked
-  for follows Zipf's law, so that rare ones stay uncertain.
+- sum: of two numbers; two tokens;
+- largest: which of three two-digit numbers is the largest; one token;
+- recall: the name that belongs to a three-letter key; 1 to 6 tokens, learnt by heart. How often a key is asked for
+  follows Zipf's law, so that rare ones stay uncertain.
+
+The number of letters is spread evenly on a logarithmic scale, from none up. Vowels among them may be written in
+capitals, which makes no difference: a model cannot know which it will be, and need not, as with the many ways to say a
+thing in natural text.
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,24 +24,25 @@ from torch import Tensor, nn
 
 from papertrial.lm.losses import Loss, token_cross_entropy
 
-TASKS = ("compare", "recite", "recall")
+TASKS = ("sum", "largest", "recall")
 PAD, SEP, EOS = 0, 1, 2
-_MARKERS = {"compare": 3, "recite": 4, "recall": 5}
-_SIGNS = {"+": 6, "<": 7, ">": 8, "=": 9}
-_DIGIT, _LETTER, LETTERS = 10, 20, 26
-_CAPITALS = {_LETTER + ord(v) - ord("a"): _LETTER + LETTERS + n for n, v in enumerate("aeiou")}
-VOCABULARY = _LETTER + LETTERS + len(_CAPITALS)
+_MARKERS = {"sum": 3, "largest": 4, "recall": 5}
+_NO_LETTERS, _THEN = 6, 7
+_DIGIT, LETTER, LETTERS = 8, 18, 26
+CAPITALS = {LETTER + ord(v) - ord("a"): LETTER + LETTERS + n for n, v in enumerate("aeiou")}
+VOCABULARY = LETTER + LETTERS + len(CAPITALS)
 
 Tokens = list[int]
 
 
 @dataclass(frozen=True)
 class Question:
-    """``prompt`` ends with SEP; ``answer`` ends with EOS."""
+    """``prompt`` ends with SEP; ``answer`` begins with ``letters`` to recite and ends with EOS."""
 
     task: str
     prompt: Tokens
     answer: Tokens
+    letters: int
 
 
 class World:
@@ -46,19 +52,29 @@ class World:
     ----------
     facts
         Keys with a name; at most 26 cubed.
+    terms
+        The numbers to add lie below; at most 50.
+    longest
+        Most letters to recite; at most 25.
     generator
         Of the facts; the questions have generators of their own.
     """
 
-    def __init__(self, facts: int, generator: torch.Generator) -> None:
-        if not 1 <= facts <= LETTERS**3:
-            raise ValueError(f"facts must lie between 1 and {LETTERS**3}, got {facts}")
+    def __init__(self, facts: int, terms: int, longest: int, generator: torch.Generator) -> None:
+        for name, value, least, most in (
+            ("facts", facts, 1, LETTERS**3),
+            ("terms", terms, 2, 50),
+            ("longest", longest, 0, 25),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name} must lie between {least} and {most}, got {value}")
         keys = torch.randperm(LETTERS**3, generator=generator)[:facts].tolist()
         lengths = torch.randint(1, 7, (facts,), generator=generator).tolist()
         letters = torch.randint(LETTERS, (facts, 6), generator=generator).tolist()
         self.keys = [[key // LETTERS**2, key // LETTERS % LETTERS, key % LETTERS] for key in keys]
         self.names = [row[:length] for row, length in zip(letters, lengths, strict=True)]
         self.exposure = 1.0 / torch.arange(1, facts + 1, dtype=torch.float64)
+        self.terms, self.longest = terms, longest
 
     def questions(
         self,
@@ -68,72 +84,87 @@ class World:
         *,
         share: tuple[int, int] = (0, 1),
     ) -> list[Question]:
-        """``count`` questions, the tasks in turn. Keys are drawn by their exposure, of a ``share`` (k, n) only those
-        whose number leaves k when divided by n: the parts of a split then have no fact in common."""
+        """``count`` questions, the tasks in turn. Keys are drawn by their exposure and pairs of terms evenly, of a
+        ``share`` (k, n) only those whose number leaves k when divided by n: the parts of a split then have neither a
+        fact nor a sum in common."""
         unknown = set(tasks) - set(TASKS)
         if unknown or not tasks:
             raise ValueError(f"tasks must be among {TASKS}, got {list(tasks)}")
-        if not 0 <= share[0] < share[1] <= len(self.keys):
-            raise ValueError(f"share must be (k, n) with 0 <= k < n <= {len(self.keys)}, got {share}")
-        held = torch.arange(len(self.keys)) % share[1] == share[0]
-        facts = torch.multinomial(self.exposure * held, count, replacement=True, generator=generator).tolist()
-        numbers = torch.randint(1000, (count, 2), generator=generator).tolist()
-        starts = torch.randint(LETTERS - 1, (count,), generator=generator).tolist()
+        most = min(len(self.keys), self.terms**2)
+        if not 0 <= share[0] < share[1] <= most:
+            raise ValueError(f"share must be (k, n) with 0 <= k < n <= {most}, got {share}")
+        facts = self._drawn(self.exposure, count, share, generator)
+        pairs = self._drawn(torch.ones(self.terms**2), count, share, generator)
+        numbers = torch.randint(100, (count, 3), generator=generator).tolist()
+        stretches = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+        starts = torch.randint(LETTERS, (count,), generator=generator).tolist()
         capitals = torch.randint(2, (count, LETTERS), generator=generator).bool().tolist()
         made = []
         for n in range(count):
             task = tasks[n % len(tasks)]
-            if task == "compare":
-                body, answer = _compare(*numbers[n])
-            elif task == "recite":
-                body, answer = _recite(starts[n], numbers[n][0] % 20, numbers[n][1] % 20, capitals[n])
+            if task == "sum":
+                body, result = _sum(*divmod(pairs[n], self.terms))
+            elif task == "largest":
+                body, result = _largest(numbers[n])
             else:
-                body, answer = _letters(self.keys[facts[n]]), _letters(self.names[facts[n]])
-            made.append(Question(task, [_MARKERS[task], *body, SEP], [*answer, EOS]))
+                body, result = _letters(self.keys[facts[n]]), _letters(self.names[facts[n]])
+            letters = math.floor((self.longest + 2) ** stretches[n]) - 1
+            border, written = _recitation(starts[n], letters, capitals[n])
+            made.append(Question(task, [_MARKERS[task], *body, *border, SEP], [*written, _THEN, *result, EOS], letters))
         return made
 
+    def _drawn(self, weights: Tensor, count: int, share: tuple[int, int], generator: torch.Generator) -> list[int]:
+        held = torch.arange(len(weights)) % share[1] == share[0]
+        return torch.multinomial(weights * held, count, replacement=True, generator=generator).tolist()
 
-def _digits(number: int, places: int) -> Tokens:
-    return [_DIGIT + int(digit) for digit in str(number).zfill(places)]
+
+def _digits(number: int) -> Tokens:
+    return [_DIGIT + number // 10, _DIGIT + number % 10]
 
 
 def _letters(letters: Sequence[int]) -> Tokens:
-    return [_LETTER + letter for letter in letters]
+    return [LETTER + letter for letter in letters]
 
 
-def _compare(a: int, b: int) -> tuple[Tokens, Tokens]:
-    sign = "<" if a < b else ">" if a > b else "="
-    return [*_digits(a, 3), *_digits(b, 3)], [_SIGNS[sign]]
+def _sum(a: int, b: int) -> tuple[Tokens, Tokens]:
+    return [*_digits(a), *_digits(b)], _digits(a + b)
 
 
-def _recite(start: int, a: int, b: int, capitals: Sequence[bool]) -> tuple[Tokens, Tokens]:
-    letters = _letters(range(start, LETTERS))
-    written = [_CAPITALS.get(letter, letter) if capitals[n] else letter for n, letter in enumerate(letters)]
-    return [letters[0], *_digits(a, 2), _SIGNS["+"], *_digits(b, 2)], [*written, *_digits(a + b, 2)]
+def _largest(numbers: Sequence[int]) -> tuple[Tokens, Tokens]:
+    """The place of the largest, from 1; of the first of them, if there are several."""
+    return [digit for number in numbers for digit in _digits(number)], [_DIGIT + 1 + list(numbers).index(max(numbers))]
+
+
+def _recitation(start: int, count: int, capitals: Sequence[bool]) -> tuple[Tokens, Tokens]:
+    """What is asked for, from the first letter to the last, ``a`` following ``z``; and how it is written."""
+    letters = _letters([(start + n) % LETTERS for n in range(count)])
+    written = [CAPITALS.get(letter, letter) if capitals[n] else letter for n, letter in enumerate(letters)]
+    return [LETTER + start, letters[-1] if letters else _NO_LETTERS], written
 
 
 def reserved(question: Question) -> bool:
-    """Whether a question is kept for evaluation: a quarter of all, by a hash of the prompt; never one of recall."""
-    return question.task != "recall" and zlib.crc32(bytes(question.prompt)) % 4 == 0
+    """Whether a question is kept for evaluation: a quarter of all, by a hash of the prompt."""
+    return zlib.crc32(bytes(question.prompt)) % 4 == 0
 
 
 def same(one: Sequence[int], other: Sequence[int]) -> bool:
     """Whether two answers say the same: capitals make no difference."""
-    small = {capital: letter for letter, capital in _CAPITALS.items()}
+    small = {capital: letter for letter, capital in CAPITALS.items()}
     return [small.get(token, token) for token in one] == [small.get(token, token) for token in other]
 
 
 def text(tokens: Sequence[int]) -> str:
     """Token ids as characters, for readers."""
-    signs = {number: sign for sign, number in _SIGNS.items()}
-    special = {PAD: "", SEP: " => ", EOS: ""} | {number: task[:3] + " " for task, number in _MARKERS.items()}
+    special = {PAD: "", SEP: " => ", EOS: "", _NO_LETTERS: "-", _THEN: ":"} | {
+        n: task + " " for task, n in _MARKERS.items()
+    }
 
     def character(token: int) -> str:
-        if token in special or token in signs:
-            return special.get(token, signs.get(token, ""))
-        if token >= _LETTER + LETTERS:
-            return "AEIOU"[token - _LETTER - LETTERS]
-        return str(token - _DIGIT) if token < _LETTER else chr(ord("a") + token - _LETTER)
+        if token in special:
+            return special[token]
+        if token >= LETTER + LETTERS:
+            return "AEIOU"[token - LETTER - LETTERS]
+        return str(token - _DIGIT) if token < LETTER else chr(ord("a") + token - LETTER)
 
     return "".join(character(token) for token in tokens)
 

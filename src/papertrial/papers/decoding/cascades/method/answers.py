@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from papertrial.lm.anatomy import anatomy, body, unwrap
+from papertrial.lm.anatomy import device_of, unwrap
 from papertrial.lm.generation import evaluating, greedy, position_ids
 from papertrial.lm.generation.decoding import end_tokens, padding_token
 from papertrial.lm.generation.inputs import as_prompt
 from papertrial.lm.models import quiet_transformers
+from papertrial.papers.decoding.cascades.method.early import early_states, start_token
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Records:
     prompt_lengths
         (N,) tokens of the inputs.
     early
-        (N, D') early states of the large model, where they were asked for; see :func:`first_layer_states`.
+        (N, D') early states of the large model, where they were asked for; see :func:`early_states`.
     """
 
     tokens: list[list[int]]
@@ -73,16 +74,24 @@ class Records:
 
     @classmethod
     def join(cls, parts: Sequence["Records"]) -> "Records":
-        """Records of several batches, one after another."""
+        """Records of several batches, one after another.
+
+        Raises
+        ------
+        ValueError
+            No batch, or early states in some of them only.
+        """
         if not parts:
             raise ValueError("parts is empty: give at least one batch of records")
         early = [part.early for part in parts if part.early is not None]
+        if early and len(early) < len(parts):
+            raise ValueError(f"parts: {len(early)} of {len(parts)} have early states; make all with large=..., or none")
         return cls(
             [ids for part in parts for ids in part.tokens],
             [row for part in parts for row in part.log_probs],
             torch.cat([part.states for part in parts]),
             torch.cat([part.prompt_lengths for part in parts]),
-            torch.cat(early) if len(early) == len(parts) else None,
+            torch.cat(early) if early else None,
         )
 
 
@@ -105,32 +114,45 @@ def answer(
     eos_token_id
         An answer ends with any of these; the token belongs to it.
     large, layer
-        If given, also that model's early states, see :func:`first_layer_states`.
+        If given, also that model's early states, see :func:`early_states`.
 
     Raises
     ------
     ValueError
         Empty or wrongly padded inputs.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     with evaluating(model), torch.no_grad():
         if model.config.is_encoder_decoder:
-            input_ids = input_ids.to(device)
-            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
+            input_ids, attention_mask = _as_encoder_input(input_ids, attention_mask, device)
             tokens, mask = _decode_with_encoder(model, input_ids, attention_mask, max_new_tokens, eos_token_id)
         else:
             input_ids, attention_mask = as_prompt(input_ids, attention_mask, device)
             made = greedy(model, input_ids, attention_mask, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
             tokens, mask = made.tokens, made.mask
         log_probs, states = teacher_forced(model, input_ids, attention_mask, tokens, mask)
-    weight = mask[..., None].to(states)
+    weight = mask[..., None].float()
     return Records(
         [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)],
         [row[keep].cpu() for row, keep in zip(log_probs, mask, strict=True)],
-        ((states * weight).sum(1) / weight.sum(1)).cpu(),
+        ((states.float() * weight).sum(1) / weight.sum(1)).cpu(),
         attention_mask.sum(1).cpu(),
-        None if large is None else first_layer_states(large, input_ids, attention_mask, layer=layer).cpu(),
+        None if large is None else early_states(large, input_ids, attention_mask, layer=layer).cpu(),
     )
+
+
+def _as_encoder_input(input_ids: Tensor, mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids must be (rows, tokens) with at least one of each, got shape {tuple(input_ids.shape)}"
+        )
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    if mask.shape != input_ids.shape or not bool(mask.any(1).all()):
+        raise ValueError(
+            f"attention_mask must be {tuple(input_ids.shape)} as input_ids, with a token in every row; got "
+            f"{tuple(mask.shape)}"
+        )
+    return input_ids.to(device), mask.to(device=device, dtype=torch.long)
 
 
 def _decode_with_encoder(
@@ -159,95 +181,33 @@ def teacher_forced(
     -------
     tuple
         Log-probabilities (N, T) of the answers' tokens, float32, and the last-layer states (N, T, D) that each of them
-        was predicted from. Values behind the end of an answer (``mask`` false) mean nothing.
+        was predicted from, as the output embedding reads them. Values behind the end of an answer (``mask`` false)
+        mean nothing.
     """
-    inputs: dict[str, Any] = {"output_hidden_states": True, "use_cache": False}
+    inputs: dict[str, Any] = {"use_cache": False}
     if model.config.is_encoder_decoder:
-        start = torch.full_like(tokens[:, :1], int(model.generation_config.decoder_start_token_id or 0))  # type: ignore[union-attr]
+        start = torch.full_like(tokens[:, :1], start_token(model))
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs["decoder_input_ids"] = torch.cat([start, tokens[:, :-1]], 1)
-        out = model(**inputs)
-        logits, states = out.logits, out.decoder_hidden_states[-1]
+        places = slice(None)
     else:
         whole = torch.cat([attention_mask, mask.to(attention_mask)], 1)
         inputs |= {"input_ids": torch.cat([input_ids, tokens], 1), "attention_mask": whole}
-        if "position_ids" in inspect.signature(unwrap(model).forward).parameters:
+        known = inspect.signature(unwrap(model).forward).parameters
+        if "position_ids" in known:
             inputs["position_ids"] = position_ids(whole)
-        out = model(**inputs)
-        from_here = slice(input_ids.shape[1] - 1, -1)
-        logits, states = out.logits[:, from_here], out.hidden_states[-1][:, from_here]
-    return logits.float().log_softmax(-1).gather(2, tokens[..., None])[..., 0], states
-
-
-class _ReachedError(Exception):
-    """The layer that is asked for has run: nothing behind it is needed."""
-
-
-@torch.no_grad()
-def first_layer_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *, layer: int = 1) -> Tensor:
-    """State (N, D) behind layer ``layer`` (from 1) of the decoder at the place of the first answer token.
-
-    Only that part of the model is run: of an encoder-decoder the encoder and the first decoder layers, of a decoder its
-    first layers over the input.
-
-    Raises
-    ------
-    ValueError
-        If the model has no such layer.
-    """
-    if model.config.is_encoder_decoder:
-        blocks: Any = next(part for part in body(model).children() if isinstance(part, nn.ModuleList))
-    else:
-        blocks = [block.module for block in anatomy(model).blocks]
-    if not 1 <= layer <= len(blocks):
-        raise ValueError(f"layer must lie between 1 and {len(blocks)}, got {layer}")
+        if "logits_to_keep" in known:
+            inputs["logits_to_keep"] = tokens.shape[1] + 1
+        places = slice(-tokens.shape[1] - 1, -1)
+    # read at the head alone: output_hidden_states would keep those of every layer
     seen: list[Tensor] = []
-
-    def stop(module: nn.Module, arguments: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-        raise _ReachedError
-
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if model.config.is_encoder_decoder:
-        start = int(model.generation_config.decoder_start_token_id or 0)  # type: ignore[union-attr]
-        inputs["decoder_input_ids"] = torch.full_like(input_ids[:, :1], start)
-    elif "position_ids" in inspect.signature(unwrap(model).forward).parameters:
-        inputs["position_ids"] = position_ids(attention_mask)
-    handle = blocks[layer - 1].register_forward_hook(stop)
+    handle = cast(Any, model.get_output_embeddings()).register_forward_pre_hook(lambda _, read: seen.append(read[0]))
     try:
-        with evaluating(model):
-            model(**inputs)
-    except _ReachedError:
-        pass
+        logits = model(**inputs).logits[:, places]
     finally:
         handle.remove()
-    return seen[0][:, -1].float()
-
-
-def forward_flops(
-    model: PreTrainedModel, prompt_lengths: Tensor, answer_lengths: Tensor | None = None, *, layer: int | None = None
-) -> Tensor:
-    """Multiplications and additions (N,) of answering inputs: two per weight of the layers and of the head, and token.
-
-    Parameters
-    ----------
-    prompt_lengths, answer_lengths
-        Tokens (N,). Without answers: of reading the inputs alone.
-    layer
-        Only the first ``layer`` layers of the decoder, as :func:`first_layer_states` runs them, and no head.
-    """
-    head = model.get_output_embeddings()
-    per_output = 0 if layer is not None or head is None else cast(Tensor, head.weight).numel()
-    written = torch.zeros_like(prompt_lengths) if answer_lengths is None else answer_lengths
-
-    def weights(parts: Sequence[nn.Module]) -> int:
-        return sum(p.numel() for part in parts for p in part.parameters() if p.dim() > 1)
-
-    if model.config.is_encoder_decoder:
-        encoder = next(part for part in model.get_encoder().children() if isinstance(part, nn.ModuleList))
-        decoder = next(part for part in body(model).children() if isinstance(part, nn.ModuleList))
-        steps = written.clamp(min=1) if layer is not None else written
-        read, made = weights(list(encoder)), weights(list(decoder)[:layer])
-        return 2.0 * (read * prompt_lengths + made * steps + per_output * written).double()
-    made = weights([block.module for block in anatomy(model).blocks[:layer]])
-    return 2.0 * (made * (prompt_lengths + written) + per_output * written).double()
+    # row by row: of a large vocabulary, float32 copies of a whole batch would not fit
+    log_probs = [
+        row.float().log_softmax(-1).gather(1, ids[:, None])[:, 0] for row, ids in zip(logits, tokens, strict=True)
+    ]
+    return torch.stack(log_probs), seen[0][:, places]

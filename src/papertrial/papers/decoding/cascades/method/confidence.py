@@ -41,7 +41,7 @@ def chow_quantile(log_probs: Sequence[Tensor], alpha: float) -> Tensor:
 
     References
     ----------
-    arXiv 2404.10136, section 3.3.
+    arXiv 2404.10136.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")

@@ -49,7 +49,7 @@ def deferral_curve(score: ArrayLike, q_small: ArrayLike, q_large: ArrayLike) -> 
 
     References
     ----------
-    arXiv 2404.10136, section 4.1.
+    arXiv 2404.10136.
     """
     ranks, small, large = _columns(("score", score), ("q_small", q_small), ("q_large", q_large))
     gains = np.concatenate([[0.0], np.cumsum(_spread(ranks, large - small))])
@@ -113,12 +113,14 @@ def cost_curve(
 
 class LengthBias(NamedTuple):
     """Deferral by length of the small model's answer: ``edges`` (B + 1,) in tokens, and (B,) how many inputs fall into
-    each bucket, and the shares of them that the rule and the oracle defer (nan in an empty bucket)."""
+    each bucket, the shares of them that the rule and the oracle defer, and the share that the rule defers of those on
+    which the large model is no better (nan where there are none)."""
 
     edges: Array
     counts: Array
     rule: Array
     oracle: Array
+    in_vain: Array
 
 
 def length_bias_report(
@@ -158,11 +160,33 @@ def length_bias_report(
     group = np.searchsorted(upper, sizes, side="left")
     counts = np.bincount(group, minlength=len(upper)).astype(np.float64)
 
-    def shares(order: Array) -> Array:
+    def shares(order: Array, among: Array) -> Array:
         with np.errstate(invalid="ignore"):
-            return np.bincount(group, _deferred(order, rate), minlength=len(counts)) / counts
+            deferred = np.bincount(group, _deferred(order, rate) * among, minlength=len(counts))
+            return deferred / np.bincount(group, among, minlength=len(counts))
 
-    return LengthBias(edges, counts, shares(ranks), shares(small - large))
+    every, vain = np.ones(len(ranks)), (large <= small).astype(np.float64)
+    return LengthBias(edges, counts, shares(ranks, every), shares(small - large, every), shares(ranks, vain))
+
+
+def threshold_at(score: ArrayLike, rate: float) -> float:
+    """The threshold below which a share ``rate`` of the scores lies: calibrates a cascade on inputs like those to come.
+
+    Halfway between two neighbouring scores; of equal scores at the border, all or none are below it, whichever comes
+    nearer to the rate.
+
+    Raises
+    ------
+    ValueError
+        A rate outside [0, 1], no scores, or one that is not finite.
+    """
+    if not 0.0 <= rate <= 1.0:
+        raise ValueError(f"rate must lie in [0, 1], got {rate}")
+    (scores,) = _columns(("score", score))
+    values, counts = np.unique(scores, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)])  # how many are deferred by each of the possible borders
+    borders = np.concatenate([values[:1] - 1.0, (values[:-1] + values[1:]) / 2, values[-1:] + 1.0])
+    return float(borders[np.abs(below - rate * len(scores)).argmin()])
 
 
 def _deferred(score: Array, rate: float) -> Array:

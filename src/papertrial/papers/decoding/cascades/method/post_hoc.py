@@ -1,11 +1,15 @@
 """The learned rule: a small network that reads quantiles (and states) and says how much the large model would gain."""
 
 import copy
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from numpy.typing import ArrayLike
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from papertrial.lm.losses import Batch, Loss
@@ -15,6 +19,7 @@ from papertrial.papers.decoding.cascades.method.confidence import ALPHAS, quanti
 
 Features = Literal["quantile", "quantile+embed1", "quantile+embed1+embed2"]
 Target = Literal["regression", "classification"]
+_STANDARDS = ("mean", "scale", "offset", "spread")
 
 
 class PostHocDeferral:
@@ -24,10 +29,11 @@ class PostHocDeferral:
     ----------
     features
         ``quantile``: quantiles, sum and mean of the token log-probabilities. ``+embed1``: the small model's mean
-        last-layer state. ``+embed2``: an early state of the large model.
+        last-layer state. ``+embed2``: early states of the large model.
     target
         ``regression`` of the gain ``q_large - q_small`` (squared error), or ``classification`` of whether the large
-        model is better (cross-entropy), which suits qualities of 0 and 1.
+        model is better (cross-entropy). Default: classification where all qualities are 0 or 1 and the large model is
+        better on some inputs but not on all, else regression; :attr:`fitted_target` says which it was.
     alphas, length
         See :func:`quantile_features`.
     hidden
@@ -41,14 +47,14 @@ class PostHocDeferral:
 
     References
     ----------
-    arXiv 2404.10136, section 3.4.
+    arXiv 2404.10136.
     """
 
     def __init__(
         self,
         features: Features = "quantile",
         *,
-        target: Target = "classification",
+        target: Target | None = None,
         alphas: Sequence[float] = ALPHAS,
         length: bool = False,
         hidden: Sequence[int] = (32, 32),
@@ -61,8 +67,8 @@ class PostHocDeferral:
     ) -> None:
         if features not in get_args(Features):
             raise ValueError(f"features must be one of {', '.join(get_args(Features))}; got {features!r}")
-        if target not in get_args(Target):
-            raise ValueError(f"target must be one of {', '.join(get_args(Target))}; got {target!r}")
+        if target is not None and target not in get_args(Target):
+            raise ValueError(f"target must be one of {', '.join(get_args(Target))} or None; got {target!r}")
         if not 0 < held_out < 1:
             raise ValueError(f"held_out is a share between 0 and 1, got {held_out}")
         if not hidden or min(hidden) < 1:
@@ -72,6 +78,7 @@ class PostHocDeferral:
         self.weight_decay, self.dropout, self.held_out = weight_decay, dropout, held_out
         self.generator = generator
         self.network: nn.Module | None = None
+        self.fitted_target: Target | None = None
 
     @property
     def needs_large(self) -> bool:
@@ -101,29 +108,31 @@ class PostHocDeferral:
         Raises
         ------
         ValueError
-            Columns of other lengths or with numbers that are not finite; fewer than 8 records; for classification, a
-            large model that is never or always better: fit ``target="regression"``, or use a quantile alone.
+            Columns of other lengths or with numbers that are not finite; fewer than 8 records; where classification
+            was asked for, a large model that is never or always better.
         """
         return self.fit_features(self.phi(records), q_small, q_large)
 
     def fit_features(self, phi: Tensor, q_small: ArrayLike, q_large: ArrayLike) -> "PostHocDeferral":
         """:meth:`fit` on features (N, P) made by other means."""
-        gain = self._gain(len(phi), q_small, q_large)
-        target = (gain > 0).double() if self.target == "classification" else gain
-        if self.target == "classification" and len(target.unique()) < 2:
-            raise ValueError(
-                f"the large model is {'always' if target[0] else 'never'} better on these records: there is nothing to "
-                "classify; fit target='regression', or use a quantile of the log-probabilities as it is"
-            )
+        gain, graded = self._gain(len(phi), q_small, q_large)
+        self.fitted_target = self._chosen_target(gain, graded)
+        target = (gain > 0).double() if self.fitted_target == "classification" else gain
         if not bool(torch.isfinite(phi).all()):
             raise ValueError("phi holds a number that is not finite")
-        order = torch.randperm(len(phi), generator=self.generator)
-        held, fitted = order.split([round(self.held_out * len(phi)), len(phi) - round(self.held_out * len(phi))])
+        count = round(self.held_out * len(phi))
+        if not 1 <= count <= len(phi) - 2:
+            raise ValueError(
+                f"held_out {self.held_out} of {len(phi)} records leaves {count} for the choice and {len(phi) - count} "
+                "to fit on: at least 1 and 2 are needed"
+            )
+        held, fitted = torch.randperm(len(phi), generator=self.generator).split([count, len(phi) - count])
         self.mean, self.scale = phi[fitted].mean(0), phi[fitted].std(0)
         self.scale[self.scale < 1e-8] = 1.0  # a constant feature says nothing
         inputs = self._standardised(phi)
-        self.offset = target[fitted].mean() if self.target == "regression" else torch.zeros(()).double()
-        self.spread = target[fitted].std().clamp(min=1e-8) if self.target == "regression" else torch.ones(()).double()
+        self.offset, self.spread = torch.zeros(()).double(), torch.ones(()).double()
+        if self.fitted_target == "regression":
+            self.offset, self.spread = target[fitted].mean(), target[fitted].std().clamp(min=1e-8)
         wanted = ((target - self.offset) / self.spread).float()
         self.network = self._train(inputs[fitted], wanted[fitted], inputs[held], wanted[held])
         return self
@@ -145,7 +154,8 @@ class PostHocDeferral:
     def _standardised(self, phi: Tensor) -> Tensor:
         return ((phi - self.mean) / self.scale).float()
 
-    def _gain(self, rows: int, q_small: ArrayLike, q_large: ArrayLike) -> Tensor:
+    def _gain(self, rows: int, q_small: ArrayLike, q_large: ArrayLike) -> tuple[Tensor, bool]:
+        """The gains (N,), and whether the qualities are other numbers than 0 and 1."""
         small, large = (torch.as_tensor(q, dtype=torch.float64) for q in (q_small, q_large))
         if small.shape != (rows,) or large.shape != (rows,):
             raise ValueError(
@@ -153,14 +163,24 @@ class PostHocDeferral:
             )
         if rows < 8:
             raise ValueError(f"a rule needs at least 8 records to be fitted on, got {rows}")
-        gain = large - small
+        gain, both = large - small, torch.cat([small, large])
         if not bool(torch.isfinite(gain).all()):
             raise ValueError("the qualities hold a number that is not finite")
-        return gain
+        return gain, not bool(((both == 0) | (both == 1)).all())
+
+    def _chosen_target(self, gain: Tensor, graded: bool) -> Target:
+        better = gain > 0
+        mixed = bool(better.any()) and not bool(better.all())
+        if self.target == "classification" and not mixed:
+            raise ValueError(
+                f"the large model is {'always' if better[0] else 'never'} better on these records: there is nothing to "
+                "classify; fit target='regression', or use a quantile of the log-probabilities as it is"
+            )
+        return self.target or ("classification" if mixed and not graded else "regression")
 
     def _loss(self, network: nn.Module, inputs: Tensor, target: Tensor) -> Tensor:
         guess = network(inputs)[:, 0]
-        if self.target == "regression":
+        if self.fitted_target == "regression":
             return nn.functional.mse_loss(guess, target)
         return nn.functional.binary_cross_entropy_with_logits(guess, target)
 
@@ -168,12 +188,7 @@ class PostHocDeferral:
         seed = int(torch.randint(2**62, (1,), generator=self.generator))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            layers: list[nn.Module] = []
-            width = inputs.shape[1]
-            for wide in self.hidden:
-                layers += [nn.Linear(width, wide), nn.ReLU(), nn.Dropout(self.dropout)]
-                width = wide
-            network = nn.Sequential(*layers, nn.Linear(width, 1))
+            network = self._network(inputs.shape[1])
         best: tuple[float, dict[str, Tensor]] = (float("inf"), copy.deepcopy(network.state_dict()))
 
         def loss(model: nn.Module, _: Batch) -> Loss:
@@ -198,5 +213,57 @@ class PostHocDeferral:
             seed=seed,
             on_step=keep_best,
         )
+        if best[0] == float("inf"):
+            raise ValueError(f"training did not give a finite loss: lower lr, which is {self.lr}")
         network.load_state_dict(best[1])
         return network.eval()
+
+    def _network(self, width: int) -> nn.Module:
+        layers: list[nn.Module] = []
+        for wide in self.hidden:
+            layers += [nn.Linear(width, wide), nn.ReLU(), nn.Dropout(self.dropout)]
+            width = wide
+        return nn.Sequential(*layers, nn.Linear(width, 1))
+
+    # -- keeping a fitted rule ---------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Write a fitted rule to a safetensors file.
+
+        Raises
+        ------
+        ValueError
+            If it has not been fitted.
+        """
+        if self.network is None:
+            raise ValueError("the rule has not been fitted: call fit first")
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {name: getattr(self, name).clone() for name in _STANDARDS}
+        settings = {
+            "features": self.features, "target": self.fitted_target, "alphas": self.alphas, "length": self.length,
+            "hidden": self.hidden,
+        }  # fmt: skip
+        save_file(tensors, path, {"deferral": json.dumps(settings)})
+
+    @classmethod
+    def load(cls, path: Path) -> "PostHocDeferral":
+        """Read a rule that :meth:`save` wrote; it scores as it did, and can be fitted anew.
+
+        Raises
+        ------
+        ValueError
+            If the file is not one of a deferral rule.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                settings = json.loads((file.metadata() or {})["deferral"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            target = settings.pop("target")
+            rule = cls(**settings, generator=torch.Generator().manual_seed(0))
+            network = rule._network(len(tensors["mean"]))
+            network.load_state_dict({n.removeprefix("network."): v for n, v in tensors.items() if "." in n})
+            rule.mean, rule.scale, rule.offset, rule.spread = (tensors[name] for name in _STANDARDS)
+        except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a saved deferral rule: {error}") from error
+        rule.network, rule.fitted_target = network.eval(), target
+        return rule

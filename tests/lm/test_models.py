@@ -15,10 +15,13 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from papertrial.errors import UsageError
 from papertrial.lm.models import load, quiet_transformers
+from papertrial.lm.pruning import Plan, prune
 from papertrial.lm.tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -72,6 +75,19 @@ def test_an_encoder_is_loaded_without_its_head_and_a_missing_pooler_is_no_harm(t
     assert type(load(str(folder), kind="encoder").model) is BertModel
 
 
+def test_a_model_pruned_unevenly_is_loaded_with_its_own_sizes(tmp_path):
+    model = LlamaForCausalLM(LLAMA).eval()
+    pruned = prune(model, Plan([[0]], [range(7)]))
+    pruned.config.pruned_sizes = [[1, 1, 7]]
+    again = load(str(save(pruned, tmp_path / "m"))).model
+    ids = torch.arange(5)[None]
+    assert torch.equal(again(ids).logits, pruned(ids).logits)
+    body = load(str(tmp_path / "m"), kind="encoder").model
+    assert torch.equal(body(ids).last_hidden_state, pruned.base_model(ids).last_hidden_state)
+    again.config.pruned_sizes = [[1, 1, 8]]
+    assert "cannot load" in refusal(save(again, tmp_path / "m"))
+
+
 def test_causal_tokenizers_pad_on_the_left_and_have_a_pad_token(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.pad_token, tokenizer.padding_side = None, "right"
@@ -121,6 +137,12 @@ def test_the_wrong_kind_of_checkpoint_is_named(model, kind, tmp_path):
     folder = save(model, tmp_path / "m")
     message = refusal(folder, kind=kind)
     assert f"is a {type(model).__name__} checkpoint; a {kind} language model is needed here" in message
+
+
+def test_an_encoder_decoder_is_no_causal_model(tmp_path):
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    message = refusal(save(T5ForConditionalGeneration(T5Config(**sizes, **SIZES)), tmp_path / "m"))
+    assert "is a t5 checkpoint, of which transformers makes no causal model" in message
 
 
 def test_missing_weights_are_not_made_up(llama):
@@ -182,7 +204,9 @@ def test_code_in_a_checkpoint_is_never_run(llama, tmp_path):
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path):
-    assert "tokenizer" in refusal(save(LlamaForCausalLM(LLAMA), tmp_path / "m", tokenizer=None))
+    message = refusal(save(LlamaForCausalLM(LLAMA), tmp_path / "m", tokenizer=None))
+    assert "has no tokenizer" in message
+    assert "tokenizer.json" in message
 
 
 def test_unknown_kinds_devices_and_hub_models_without_a_network_are_one_line(llama):

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from papertrial.errors import UsageError
+from papertrial.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ _HEADS = {
     "causal": ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"),
     "masked": ("ForMaskedLM", "ForPreTraining"),
 }
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model")
 
 
 @dataclass
@@ -97,7 +98,7 @@ def load(
     try:
         model.to(device)  # type: ignore[arg-type]
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"cannot put {name} on device {device}: {_one_line(error)}") from error
+        raise UsageError(f"cannot put {name} on device {device}: {first_line(error)}") from error
     return Checkpoint(model.eval(), tokenizer, name, folder)
 
 
@@ -161,7 +162,7 @@ def _from_hub(name: str) -> Path:
             return Path(snapshot_download(**arguments))
     except Exception as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise UsageError(f"cannot get {name} from the hub{offline}: {_one_line(error)}") from error
+        raise UsageError(f"cannot get {name} from the hub{offline}: {first_line(error)}") from error
 
 
 def _complete(folder: Path) -> bool:
@@ -188,7 +189,7 @@ def _config(name: str, folder: Path, kind: Kind) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise UsageError(f"cannot read the configuration of {name}: {_one_line(error)}") from error
+        raise UsageError(f"cannot read the configuration of {name}: {first_line(error)}") from error
     architectures = config.architectures or []
     heads = _HEADS.get(kind)
     if heads and architectures and not any(a.endswith(heads) for a in architectures):
@@ -199,9 +200,15 @@ def _config(name: str, folder: Path, kind: Kind) -> Any:
 def _model(name: str, folder: Path, kind: Kind, config: Any, dtype: "torch.dtype | None") -> "PreTrainedModel":
     import transformers
 
+    if hasattr(config, "pruned_sizes"):
+        pruned = _pruned(name, folder, dtype)
+        return cast("PreTrainedModel", pruned.base_model) if kind == "encoder" else pruned
     classes = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "encoder": "AutoModel"}
+    loader = getattr(transformers, classes[kind])
+    if type(config) not in loader._model_mapping:
+        raise UsageError(f"{name} is a {config.model_type} checkpoint, of which transformers makes no {kind} model")
     try:
-        model, info = getattr(transformers, classes[kind]).from_pretrained(
+        model, info = loader.from_pretrained(
             folder,
             config=config,
             dtype=dtype or "auto",
@@ -210,7 +217,7 @@ def _model(name: str, folder: Path, kind: Kind, config: Any, dtype: "torch.dtype
             output_loading_info=True,
         )
     except Exception as error:
-        raise UsageError(f"cannot load {name} as a {kind} model: {_one_line(error)}") from error
+        raise UsageError(f"cannot load {name} as a {kind} model: {first_line(error)}") from error
     # a pooler is not used by kind "encoder"; any other absent weight would be random numbers under the model's name
     missing = sorted(key for key in info["missing_keys"] if not (kind == "encoder" and "pooler." in key))
     if missing:
@@ -219,20 +226,26 @@ def _model(name: str, folder: Path, kind: Kind, config: Any, dtype: "torch.dtype
     return model
 
 
+def _pruned(name: str, folder: Path, dtype: "torch.dtype | None") -> "PreTrainedModel":
+    from papertrial.lm.pruning import load_pruned
+
+    try:
+        return load_pruned(folder, dtype=dtype)
+    except ValueError as error:
+        raise UsageError(f"cannot load {name} with its pruned layers: {first_line(error)}") from error
+
+
 def _tokenizer(name: str, folder: Path, kind: Kind) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
+    if not any(path.is_file() for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+        raise UsageError(f"{name} has no tokenizer: {folder} holds neither tokenizer.json nor a vocabulary")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise UsageError(f"cannot load the tokenizer of {name}: {_one_line(error)}") from error
+        raise UsageError(f"cannot load the tokenizer of {name}: {first_line(error)}") from error
     if kind == "causal":
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None and tokenizer.eos_token is not None:
             tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

@@ -903,6 +903,67 @@ def test_bad_input_is_named(call, named):
         call()
 
 
+def unknown_id(side, value=VOCABULARY):
+    """Sound pairs, and a last one with an id that no tiny model knows."""
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]} | {f"{side}_ids": [1, value]}
+    return [*make_pairs(), PreferencePair(**ids)]
+
+
+def tiny_trainer():
+    return PreferenceTrainer(tiny_model("llama"), objective=DPO())
+
+
+TRAINING = {"steps": 1, "batch_size": 1, "optimizer": adamw(1e-3)}
+PROMPT = torch.tensor([[1, VOCABULARY]])
+DRAWING = {"reward": count_of(7), "max_new_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: token_kl(LOGITS, LOGITS, LABELS + 4), "labels holds the id 6, .* 0 to 4"),
+        (lambda: token_log_ratio(LOGITS, LOGITS, LABELS.clamp(min=-1) - 2), "labels holds the id -1"),
+        *(
+            (
+                lambda side=side: tiny_trainer().fit(unknown_id(side), generator=generator(), **TRAINING),
+                f"{side}_ids of pair 5 holds the id {VOCABULARY}, .* 0 to {VOCABULARY - 1}",
+            )
+            for side in ("prompt", "chosen", "rejected")
+        ),
+        (lambda: tiny_trainer().evaluate(unknown_id("chosen", 9999)), "chosen_ids of pair 5 holds the id 9999"),
+        (
+            lambda: token_stats(*(m := two_models())[:1], Reference(*m), collate(unknown_id("rejected"))),
+            f"input_ids of the batch holds the id {VOCABULARY}",
+        ),
+        (
+            lambda: cache_reference(unknown_id("rejected"), Reference(*two_models())),
+            f"input_ids of the batch holds the id {VOCABULARY}",
+        ),
+        (
+            lambda: evaluate_policy(
+                *(m := two_models())[:1], Reference(*m), PROMPT, generator=generator(), **DRAWING
+            ),
+            f"prompt_ids holds the id {VOCABULARY}",
+        ),
+        (
+            lambda: pairs_from_samples(tiny_model("llama"), PROMPT, generator=generator(), **DRAWING),
+            f"prompt_ids holds the id {VOCABULARY}",
+        ),
+    ],
+)  # fmt: skip
+def test_ids_outside_the_vocabulary_are_named_before_anything_is_run(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()
+
+
+def test_a_padding_id_without_an_embedding_does_not_stop_training():
+    policy = tiny_model("gpt2")
+    policy.config.pad_token_id = VOCABULARY
+    trainer = PreferenceTrainer(policy, objective=DPO())
+    report = trainer.fit(make_pairs(), steps=2, batch_size=5, optimizer=adamw(1e-3), generator=generator())
+    assert report.losses[-1] < report.losses[0]
+
+
 @pytest.mark.parametrize(
     ("call", "named"),
     [

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from papertrial.lm.generation import Generation, evaluating, sample
 from papertrial.lm.losses import IGNORED
 from papertrial.lm.preferences.objectives import Objective
-from papertrial.lm.preferences.pairs import PreferenceBatch, PreferencePair, collate
-from papertrial.lm.preferences.reference import Reference
+from papertrial.lm.preferences.pairs import PreferenceBatch, PreferencePair, check_ids, collate
+from papertrial.lm.preferences.reference import Reference, vocabulary_of
 from papertrial.lm.preferences.stats import token_stats
 from papertrial.lm.scoring import LOGITS_AT_ONCE
 
@@ -86,10 +86,12 @@ def evaluate_policy(
     Raises
     ------
     ValueError
-        Prompts padded on the right, a reward that is not one number a sample, more positions than the model has.
+        Prompts padded on the right or with ids outside the vocabulary, a reward that is not one number a sample, more
+        positions than the model has.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_ids("prompt_ids", prompt_ids, vocabulary_of(model))
     drawn = sample(
         model,
         prompt_ids,

@@ -31,6 +31,18 @@ def _ids(name: str, values: Sequence[int] | Tensor) -> Tensor:
     return ids.long()
 
 
+def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
+    """ValueError unless every id, of any shape, lies in 0 .. vocabulary - 1; ``name`` says whose they are."""
+    if ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"{name} holds the id {low if low < 0 else high}, and the vocabulary has the ids 0 to {vocabulary - 1}: "
+            "tokenise with the tokenizer of this model"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class PreferencePair:
     """A prompt with a preferred and a rejected answer.

@@ -12,6 +12,11 @@ from papertrial.lm.anatomy import device_of, unwrap
 from papertrial.lm.generation import evaluating
 
 
+def vocabulary_of(model: nn.Module) -> int:
+    """How many token ids a model knows, wrapped or not."""
+    return int(unwrap(model).config.get_text_config().vocab_size)
+
+
 def _storages(model: nn.Module) -> dict[tuple[torch.device, int], str]:
     """Where the parameters lie in memory, with a name for each place."""
     places = {}
@@ -53,7 +58,7 @@ class Reference:
                     f"ref_model shares the parameter {name!r} with the policy and would be trained along with it: give "
                     "a copy of its own, or None"
                 )
-        sizes = [unwrap(model).config.get_text_config().vocab_size for model in (policy, ref_model)]
+        sizes = [vocabulary_of(model) for model in (policy, ref_model)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"the policy has a vocabulary of {sizes[0]} and ref_model one of {sizes[1]}")
         self._model: nn.Module = ref_model

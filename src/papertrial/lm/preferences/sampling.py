@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from papertrial.lm.generation import Generation, sample
-from papertrial.lm.preferences.pairs import PreferencePair
+from papertrial.lm.preferences.pairs import PreferencePair, check_ids
+from papertrial.lm.preferences.reference import vocabulary_of
 
 
 def pairs_from_samples(
@@ -46,10 +47,11 @@ def pairs_from_samples(
     Raises
     ------
     ValueError
-        Fewer than two samples, a reward that is not one number a sample, or NaN.
+        Fewer than two samples, prompts with unknown ids, a reward that is not one number a sample, or NaN.
     """
     if num_samples < 2:
         raise ValueError(f"num_samples must be at least 2 to make a pair, got {num_samples}")
+    check_ids("prompt_ids", prompt_ids, vocabulary_of(model))
     if attention_mask is None:
         attention_mask = torch.ones_like(prompt_ids)
     pairs = []

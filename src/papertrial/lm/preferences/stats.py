@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from papertrial.lm.anatomy import body, device_of, read_out, unwrap
+from papertrial.lm.anatomy import body, device_of, read_out
 from papertrial.lm.losses import IGNORED
-from papertrial.lm.preferences.pairs import CACHED, PreferenceBatch, PreferencePair, collate
-from papertrial.lm.preferences.reference import Reference
+from papertrial.lm.preferences.pairs import CACHED, PreferenceBatch, PreferencePair, check_ids, collate
+from papertrial.lm.preferences.reference import Reference, vocabulary_of
 from papertrial.lm.scoring import LOGITS_AT_ONCE, token_log_probs
 from papertrial.lm.scoring.forward import chunks, forward_inputs, states_and_head, stock_forward
 
@@ -118,6 +118,7 @@ def _aligned(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> tuple
         )
     targets = labels[:, 1:]
     mask = _answer_mask(labels)
+    check_ids("labels", targets[mask], policy_logits.shape[-1])
     # masked places may hold anything, so only the others are looked at
     ours, theirs = (
         _log_softmax(name, logits[:, :-1].masked_fill(~mask[..., None], 0.0))
@@ -149,7 +150,7 @@ def token_log_ratio(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -
     Raises
     ------
     ValueError
-        Shapes or vocabularies that differ, a row without an answer token, NaN logits.
+        Shapes or vocabularies that differ, labels outside the vocabulary, a row without an answer token, NaN logits.
     """
     ours, theirs, targets, mask = _aligned(policy_logits, ref_logits, labels)
     gap = (ours - theirs).gather(-1, targets[..., None])[..., 0]
@@ -208,10 +209,12 @@ def token_stats(
     Raises
     ------
     ValueError
-        An unknown want, one that needs the reference where there is none, vocabularies that differ, a row without an
-        answer, NaN logits, too many positions.
+        An unknown want, one that needs the reference where there is none, vocabularies that differ, ids outside them, a
+        row without an answer, NaN logits, too many positions.
     """
     _check_want(want, reference, batch)
+    vocabulary = vocabulary_of(model)
+    check_ids("input_ids of the batch", batch.input_ids, vocabulary)
     inputs, ids, _ = forward_inputs(model, batch.input_ids, batch.attention_mask)
     mask = _answer_mask(batch.labels.to(ids.device))
     targets = ids[:, 1:][mask]
@@ -227,7 +230,6 @@ def token_stats(
             ref_logits = _reference_logits(reference, theirs[rows.to(theirs.device)]).to(ours.device)
         return _terms(head(ours), ref_logits, targets[rows], columns)
 
-    vocabulary = unwrap(model).config.get_text_config().vocab_size
     rows = torch.arange(len(targets), device=ids.device)
     pieces = list(chunks(states[:, :-1][mask], rows, vocabulary, logits_at_once))
     again = len(pieces) > 1 and torch.is_grad_enabled() and states.requires_grad
@@ -259,6 +261,7 @@ def cache_reference(
         some = pairs[start : start + batch_size]
         batch = collate(some, pad_id)
         with reference.active() as ref:
+            check_ids("input_ids of the batch", batch.input_ids, vocabulary_of(ref))
             scores = token_log_probs(
                 cast(Any, ref), batch.input_ids, batch.attention_mask, logits_at_once=logits_at_once
             )

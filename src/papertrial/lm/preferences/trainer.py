@@ -11,8 +11,8 @@ from papertrial.lm.anatomy import unwrap
 from papertrial.lm.losses import Batch, Loss
 from papertrial.lm.preferences.evaluation import PairReport, evaluate_pairs
 from papertrial.lm.preferences.objectives import Objective
-from papertrial.lm.preferences.pairs import CACHED, PreferencePair, as_pairs, pair_batches
-from papertrial.lm.preferences.reference import Reference
+from papertrial.lm.preferences.pairs import CACHED, PreferencePair, as_pairs, check_ids, pair_batches
+from papertrial.lm.preferences.reference import Reference, vocabulary_of
 from papertrial.lm.preferences.stats import NEEDS_REFERENCE, cache_reference, token_stats
 from papertrial.lm.scoring import LOGITS_AT_ONCE
 from papertrial.lm.training import OptimizerFactory, TrainingReport, train
@@ -114,10 +114,11 @@ class PreferenceTrainer:
         Raises
         ------
         ValueError
-            No trainable parameter, one in half precision (small updates would be lost), no pairs; an objective that
-            cannot do with cached log-probabilities, or that has parameters while there are several processes.
+            No trainable parameter, one in half precision (small updates would be lost), no pairs, a token id outside
+            the vocabulary; an objective that cannot do with cached log-probabilities, or that has parameters while
+            there are several processes.
         """
-        rows = as_pairs(pairs, self.tokenizer)
+        rows = self._rows(pairs)
         if cache_reference:
             if needs := sorted(NEEDS_REFERENCE.intersection(self.objective.wants)):
                 raise ValueError(f"cache_reference=True, and the objective needs the reference for {', '.join(needs)}")
@@ -155,6 +156,14 @@ class PreferenceTrainer:
             self.objective.eval()
         return report
 
+    def _rows(self, pairs: Pairs) -> list[PreferencePair]:
+        """Pairs as token ids that the policy knows: told before the first step, not when their batch comes up."""
+        rows, vocabulary = as_pairs(pairs, self.tokenizer), vocabulary_of(self.model)
+        for row, pair in enumerate(rows):
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+                check_ids(f"{name} of pair {row}", getattr(pair, name), vocabulary)
+        return rows
+
     def _cached(self, rows: list[PreferencePair]) -> list[PreferencePair]:
         return cache_reference(rows, self.reference, pad_id=self._pad_id(), logits_at_once=self.logits_at_once)
 
@@ -164,7 +173,7 @@ class PreferenceTrainer:
             self.model,
             self.reference,
             self.objective,
-            as_pairs(pairs, self.tokenizer),
+            self._rows(pairs),
             batch_size=batch_size,
             pad_id=self._pad_id(),
             logits_at_once=self.logits_at_once,
@@ -172,4 +181,5 @@ class PreferenceTrainer:
 
     def _pad_id(self) -> int:
         pad = unwrap(self.model).config.pad_token_id
-        return 0 if pad is None or pad < 0 else int(pad)
+        # some checkpoints name a padding id that was never given an embedding; padding is masked, so any id will do
+        return int(pad) if pad is not None and 0 <= pad < vocabulary_of(self.model) else 0

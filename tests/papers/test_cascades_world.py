@@ -96,6 +96,16 @@ def test_parts_of_a_split_have_no_fact_and_no_sum_in_common_and_a_quarter_is_res
         parts = [made.questions(3000, generator(3), [task], share=(k, 3)) for k in range(3)]
         asked = [{tuple(q.prompt[1 : 1 + width]) for q in part} for part in parts]
         assert sum(map(len, asked)) == len(set.union(*asked)) == known
+    falls = [0, 0, 0]
+    for seed in range(90):
+        many = world.World(50, 12, 0, generator(seed))
+        often = {tuple(world.LETTER + letter for letter in key) for key in many.keys[:1]}
+        for part in range(3):
+            asked = {tuple(q.prompt[1:4]) for q in many.questions(60, generator(seed), ["recall"], share=(part, 3))}
+            falls[part] += bool(asked & often)
+    # which part has the key that is asked for most is a matter of lot: 30 each, with a standard deviation of 4.5
+    assert sum(falls) == 90
+    assert max(abs(count - 30) for count in falls) < 16
     questions = made.questions(6000, generator(4))
     for task in world.TASKS:
         kept = [world.reserved(question) for question in questions if question.task == task]

@@ -68,7 +68,7 @@ SCALES = {
         "test_questions": 48,
         "rule_steps": 20,
         "answer_batch": 64,
-        "accuracy": {"small": (0.0, 1.0), "large": (0.0, 1.0)},
+        "accuracy": {"small": [0.0, 1.0], "large": [0.0, 1.0]},
         "least_gain": -1.0,
         "length_effect": 1.0,
     },
@@ -81,12 +81,12 @@ SCALES = {
         "large": {"width": 64, "layers": 3, "steps": 2000, "lr": 7e-3},
         "rows": 12,
         "row_length": 96,
-        "rule_questions": 1500,
-        "validation_questions": 500,
-        "test_questions": 2000,
+        "rule_questions": 3000,
+        "validation_questions": 1000,
+        "test_questions": 3000,
         "rule_steps": 300,
         "answer_batch": 256,
-        "accuracy": {"small": (0.4, 0.8), "large": (0.85, 1.0)},
+        "accuracy": {"small": [0.4, 0.8], "large": [0.85, 1.0]},
         "least_gain": 0.15,
         "length_effect": 0.15,
     },
@@ -104,7 +104,7 @@ SCALES = {
         "test_questions": 24000,
         "rule_steps": 600,
         "answer_batch": 1024,
-        "accuracy": {"small": (0.4, 0.8), "large": (0.85, 1.0)},
+        "accuracy": {"small": [0.4, 0.8], "large": [0.85, 1.0]},
         "least_gain": 0.15,
         "length_effect": 0.15,
     },
@@ -230,7 +230,7 @@ def _train(trial: Trial, size: str, batches: list[dict[str, Tensor]]) -> LlamaFo
 
 
 def _fresh(trial: Trial, world: World, name: str, part: int) -> list[Question]:
-    """Questions that did not stand in training; facts and sums of a third that is this part's alone."""
+    """Questions that did not stand in training; facts and sums of a third, by lot, that is this part's alone."""
     count = trial[f"{name}_questions"]
     quota = -(-count // len(TASKS))
     kept: dict[str, list[Question]] = {task: [] for task in TASKS}

@@ -75,6 +75,8 @@ class World:
         self.names = [row[:length] for row, length in zip(letters, lengths, strict=True)]
         self.exposure = 1.0 / torch.arange(1, facts + 1, dtype=torch.float64)
         self.terms, self.longest = terms, longest
+        # to divide facts and sums between the parts of a split
+        self._fact_lots, self._pair_lots = (torch.rand(size, generator=generator) for size in (facts, terms**2))
 
     def questions(
         self,
@@ -85,16 +87,16 @@ class World:
         share: tuple[int, int] = (0, 1),
     ) -> list[Question]:
         """``count`` questions, the tasks in turn. Keys are drawn by their exposure and pairs of terms evenly, of a
-        ``share`` (k, n) only those whose number leaves k when divided by n: the parts of a split then have neither a
-        fact nor a sum in common."""
+        ``share`` (k, n) only those that fell to part k of n: the parts of a split have neither a fact nor a sum in
+        common, and of every n keys that follow each other in exposure each has one, by lot."""
         unknown = set(tasks) - set(TASKS)
         if unknown or not tasks:
             raise ValueError(f"tasks must be among {TASKS}, got {list(tasks)}")
         most = min(len(self.keys), self.terms**2)
         if not 0 <= share[0] < share[1] <= most:
             raise ValueError(f"share must be (k, n) with 0 <= k < n <= {most}, got {share}")
-        facts = self._drawn(self.exposure, count, share, generator)
-        pairs = self._drawn(torch.ones(self.terms**2), count, share, generator)
+        facts = _drawn(self.exposure, self._fact_lots, count, share, generator)
+        pairs = _drawn(torch.ones(self.terms**2), self._pair_lots, count, share, generator)
         numbers = torch.randint(100, (count, 3), generator=generator).tolist()
         stretches = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
         starts = torch.randint(LETTERS, (count,), generator=generator).tolist()
@@ -113,9 +115,13 @@ class World:
             made.append(Question(task, [_MARKERS[task], *body, *border, SEP], [*written, _THEN, *result, EOS], letters))
         return made
 
-    def _drawn(self, weights: Tensor, count: int, share: tuple[int, int], generator: torch.Generator) -> list[int]:
-        held = torch.arange(len(weights)) % share[1] == share[0]
-        return torch.multinomial(weights * held, count, replacement=True, generator=generator).tolist()
+
+def _drawn(weights: Tensor, lots: Tensor, count: int, share: tuple[int, int], generator: torch.Generator) -> list[int]:
+    """``count`` numbers by weight, of those that fell to part k of n by lot: one of every n in a row."""
+    part, parts = share
+    padded = nn.functional.pad(lots, (0, -len(lots) % parts), value=torch.inf).view(-1, parts)
+    held = (padded.argsort(1).argsort(1) == part).flatten()[: len(lots)]
+    return torch.multinomial(weights * held, count, replacement=True, generator=generator).tolist()
 
 
 def _digits(number: int) -> Tokens:

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from families import tiny_model
-from papertrial.papers.decoding.cascades import world
+from papertrial.lab.trial import PreconditionFailed, Trial
+from papertrial.papers.decoding.cascades import experiment, world
+from papertrial.papers.decoding.cascades.method import Records
 
 
 def generator(seed=0):
@@ -156,3 +158,40 @@ def test_bad_requests_are_refused_with_a_reason():
     for share in ((2, 2), (-1, 3), (0, 51)):
         with pytest.raises(ValueError, match="share must be"):
             small_world().questions(3, generator(), share=share)
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "reason"),
+    [
+        ([0.5, 0.6], [0.9, 0.95], None),
+        ([0.5, 0.5], [0.7, 0.7], "the large model is right in 70.0 %, not in 85 to 100 %"),
+        ([0.2, 0.3], [0.9, 0.9], "the small model is right in 25.0 %, not in 40 to 80 %"),
+        ([0.7, 0.8], [0.85, 0.89], "the large model is 12.0 points better"),
+        ([0.8, 0.4], [0.9, 0.9], "the small model's accuracy differs by 40.0 points between short and long"),
+        ([0.5, 0.6], [1.0, 0.8], "the large model's accuracy differs by 20.0 points between short and long"),
+    ],
+)
+def test_a_pair_that_cannot_test_the_claims_is_refused(small, large, reason):
+    """Right answers in these shares of 500 questions without letters and of 500 with the most of them."""
+    questions = [
+        world.Question(world.TASKS[n % 3], [1], [40 + n % 7] * (2 if half == 0 else 20), 0 if half == 0 else 24)
+        for half in range(2)
+        for n in range(500)
+    ]
+
+    def answered(shares):
+        right = [n < round(500 * share) for share in shares for n in range(500)]
+        tokens = [q.answer if good else [9] * len(q.answer) for q, good in zip(questions, right, strict=True)]
+        log_probs = [torch.zeros(len(ids)) for ids in tokens]
+        return Records(tokens, log_probs, torch.zeros(1000, 1), torch.ones(1000))
+
+    limits = {name: experiment.SCALES["small"][name] for name in ("accuracy", "least_gain", "length_effect")}
+    trial = Trial("cascades", "small", 0, limits)
+    part = experiment.Part(questions, answered(small), answered(large))
+    if reason is None:
+        experiment._check_pair(trial, part)
+        assert trial.notes["accuracy of the small model, all, %"] == 55.0
+        assert trial.notes["correlation of being right and length, small model"] == pytest.approx(0.1, abs=0.005)
+    else:
+        with pytest.raises(PreconditionFailed, match=reason):
+            experiment._check_pair(trial, part)

@@ -1,7 +1,8 @@
 """Cascades of a small and a large language model with token-level deferral rules (arXiv 2404.10136).
 
 The small model answers; a rule reads the uncertainty of its tokens and decides whether the large model answers instead.
-With two checkpoints, ``small`` and ``large`` (see :func:`papertrial.lm.models.load`), and prompts with known answers:
+With two checkpoints, ``small`` and ``large``, and prompts with known answers (:func:`papertrial.lm.models.load` loads
+decoders; of encoder-decoders, take model and tokenizer from transformers, ``AutoModelForSeq2SeqLM``):
 
 >>> ours, theirs = (answer_texts(each.model, each.tokenizer, prompts, max_new_tokens=32)             # doctest: +SKIP
 ...                 for each in (small, large))

@@ -1,3 +1,5 @@
+import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from papertrial.lab.trial import Trial
 from papertrial.lm.anatomy import anatomy, body
 from papertrial.lm.hooks import record
 from papertrial.lm.pruning import (
+    LayerSizes,
     UnitScores,
     magnitude_scores,
     parameter_counts,
@@ -226,6 +229,33 @@ def test_grouped_heads_go_in_whole_groups_or_evenly_within_them():
         assert pruned.config.num_attention_heads == size.heads
 
 
+@pytest.mark.parametrize(("heads", "groups", "finer"), [(12, 2, "within"), (8, 4, "whole"), (4, 2, "whole")])
+def test_heads_that_share_keys_go_by_the_finer_steps_unless_told(heads, groups, finer):
+    model = tiny_model("llama", num_attention_heads=heads, num_key_value_heads=groups, hidden_size=8 * heads)
+    for ratio in (0.1, 0.2, 0.3, 0.5):
+        assert amp_amounts(model, ratio) == amp_amounts(model, ratio, groups=finer)
+
+
+def test_two_groups_of_six_lose_heads_at_twenty_per_cent():
+    """The shape of Qwen2.5-1.5B, of which whole groups would leave every head, or half of them."""
+    import transformers
+
+    config = transformers.Qwen2Config(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen2ForCausalLM(config)
+    # r = 0.2 x 1543.7e6 / 1310.2e6 = 0.2357, of 6 heads in a group 1.41
+    assert [amp_amounts(model, ratio).heads for ratio in (0.1, 0.2, 0.25)] == [2, 2, 4]
+    assert [amp_amounts(model, ratio, groups="whole").heads for ratio in (0.1, 0.2, 0.25)] == [0, 0, 6]
+
+
 def test_one_shared_group_is_cut_within():
     model = tiny_model("gemma")
     assert amp_amounts(model, 0.4).groups == 0
@@ -352,8 +382,44 @@ def test_apply_tunes_when_asked():
     assert "20 steps" in str(tuned.facts["recovery"])
 
 
+@pytest.mark.parametrize(
+    ("family", "settings", "says", "never"),
+    [
+        ("llama", {"ratio": 0.3}, "heads that write least .* 2 of 4 heads and .* of 44 neurons are left. It", "stay"),
+        (
+            "llama",
+            {"ratio": 0.3, "parts": "mlp"},
+            "In every layer the MLP neurons .* All 4 heads stay, as was",
+            "write",
+        ),
+        ("llama", {"ratio": 0.02}, "In every layer the MLP neurons .* All 4 heads stay: heads come in steps", "write"),
+        ("narrow llama", {"ratio": 0.2}, "2 of 4 heads are left. All 4 neurons stay: the heads alone", "active"),
+        ("llama", {"ratio": 0.0}, "^Nothing was taken out: 0 %", "left"),
+        (
+            "gpt2",
+            {"ratio": 0.1, "parts": "mlp", "mlp_criterion": "projected"},
+            "neurons that feed the .* stay",
+            "write",
+        ),
+        ("llama", {"ratio": 0.3, "tune_steps": 1, "tune_batch": 2}, "briefly", "not tuned"),
+    ],
+)
+def test_the_card_says_of_heads_and_neurons_only_what_was_done(family, settings, says, never):
+    few = {"intermediate_size": 4} if family.startswith("narrow") else {}
+    changed = run(checkpoint(family.removeprefix("narrow "), **few), **settings)
+    assert re.search(says, changed.summary), changed.summary
+    assert never not in changed.summary
+
+
+def test_recovery_warns_of_nothing_that_its_caller_could_not_change():
+    given = checkpoint("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(given, tune_steps=1, tune_batch=2)
+
+
 def test_apply_refuses_before_it_works_where_the_result_would_be_no_ordinary_checkpoint():
-    with pytest.raises(ValueError, match="prune neurons only"):
+    with pytest.raises(ValueError, match=r"gpt2 has no head size.*prune neurons only \(--parts mlp\)"):
         run(checkpoint("gpt2"), ratio=0.3)
     assert run(checkpoint("gpt2", n_inner=300), ratio=0.3, parts="mlp").model.config.n_inner < 300
 
@@ -433,6 +499,10 @@ def test_every_cloze_item_holds_its_true_continuation_and_three_of_others(settin
     ]
     assert shifts[0] == 0
     assert len(set(shifts)) == 4
+
+
+def test_notes_describe_a_layer_in_words():
+    assert experiment._in_words(LayerSizes(3, 1, 200)) == "3 heads, 1 key/value heads, 200 neurons"
 
 
 def test_all_criteria_cut_models_of_one_shape(setting):

@@ -20,6 +20,7 @@ from papertrial.lm.corpora import corpus, encode, random_batches, token_windows,
 from papertrial.lm.generation import greedy
 from papertrial.lm.models import Checkpoint
 from papertrial.lm.pruning import (
+    LayerSizes,
     UnitScores,
     keep_layers,
     loss_change_scores,
@@ -136,7 +137,7 @@ def run(trial: Trial) -> dict[str, dict[str, float]]:
             speeds = tokens_per_second(trial, {"unpruned": model, "amp": cut["amp"][0], "depth": cut["depth"][0]})
             for arm, speed in speeds.items():
                 results[arm]["tokens_per_second"] = speed
-            trial.note("layers of the cut model (heads, key/value heads, neurons)", str(sizes(cut["amp"][0])[0]))
+            trial.note("a layer of the cut model", _in_words(sizes(cut["amp"][0])[0]))
             written = {"unpruned": _continued(base, data, model), "amp": _continued(base, data, cut["amp"][0])}
             written["magnitude"] = _continued(base, data, cut["magnitude"][0])
             _recover(trial, cut, data, results)
@@ -319,6 +320,10 @@ def _show(trial: Trial, base: Checkpoint, data: Data, importance: UnitScores, wr
         caption="MLP neurons of the first and the last layer in the order in which AMP would take them out.",
         series={"first layer": _thinned(first), "last layer": _thinned(last)},
     )
+
+
+def _in_words(layer: LayerSizes) -> str:
+    return f"{layer.heads} heads, {layer.key_value_heads} key/value heads, {layer.neurons} neurons"
 
 
 def _thinned(scores: Tensor) -> list[tuple[float, float]]:

@@ -40,7 +40,9 @@ class ApplyOptions:
     compensate: Annotated[Compensation, "worth of a rounded-off head in neurons: the authors' code, or parameters"] = (
         "params"
     )
-    groups: Annotated[Grouping, "heads that share keys: take out whole groups, or heads within every group"] = "auto"
+    groups: Annotated[
+        Grouping, "heads that share keys: take out whole groups, or as many heads within each; auto: the finer steps"
+    ] = "auto"
     parts: Annotated[Parts, "heads and neurons, or mlp for neurons only"] = "both"
     prompts: Annotated[int, "calibration prompts"] = 50
     prompt_tokens: Annotated[int, "longest calibration prompt"] = 256
@@ -73,7 +75,10 @@ def apply(
     after = LayerSizes(
         before.heads - amounts.heads, before.key_value_heads - amounts.groups, before.neurons - amounts.neurons
     )
-    require_ordinary(model, [after] * len(sizes(model)))
+    try:
+        require_ordinary(model, [after] * len(sizes(model)))
+    except ValueError as error:
+        raise ValueError(f"{error} (--parts mlp)") from error
 
     def progress(what: str) -> Callable[[int, int | None], None]:
         return lambda done, total: on_progress(what, done, total) if on_progress else None
@@ -115,12 +120,32 @@ def apply(
     if options.tune_steps:
         pruned = _recovered(pruned, pieces, options, generator, progress("recovering"))
         facts["recovery"] = f"LoRA of rank {options.tune_rank}, {options.tune_steps} steps of {options.tune_batch} rows"
-    summary = (
-        "Attention heads and MLP neurons that feed the residual stream least were taken out of every layer, as AMP "
-        f"(arXiv 2504.21174) ranks them: {after.heads} of {before.heads} heads and {after.neurons} of {before.neurons} "
-        f"neurons are left. {'Then the model was tuned briefly.' if options.tune_steps else 'It was not tuned since.'}"
+    return Changed(pruned, _summary(before, after, options), facts)
+
+
+def _summary(before: LayerSizes, after: LayerSizes, options: ApplyOptions) -> str:
+    """What was taken out and what was not, in words that are true of these amounts."""
+    gone, left, whole = [], [], ""
+    if after.heads < before.heads:
+        gone.append("the attention heads that write least into the residual stream")
+        left.append(f"{after.heads} of {before.heads} heads")
+    elif options.parts == "mlp":
+        whole = f" All {before.heads} heads stay, as was asked for."
+    else:
+        whole = f" All {before.heads} heads stay: heads come in steps too coarse for the share asked for."
+    if after.neurons < before.neurons:
+        score = "are least active" if options.mlp_criterion == "activation" else "feed the residual stream least"
+        gone.append(f"the MLP neurons that {score}")
+        left.append(f"{after.neurons} of {before.neurons} neurons")
+    else:
+        whole = f" All {before.neurons} neurons stay: the heads alone hold the share asked for."
+    tuned = "Then the model was tuned briefly." if options.tune_steps else "It was not tuned since."
+    if not gone:
+        return f"Nothing was taken out: {100 * options.ratio:g} % is less than half a neuron of every layer. {tuned}"
+    return (
+        f"In every layer {' and '.join(gone)} were taken out, as AMP (arXiv 2504.21174) ranks them: "
+        f"{' and '.join(left)} are left.{whole} {tuned}"
     )
-    return Changed(pruned, summary, facts)
 
 
 def _recovered(

@@ -1,5 +1,6 @@
 """The short tuning after the cut."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -49,7 +50,9 @@ def recover(
     seed = int(torch.randint(2**31, (1,), generator=generator))
     config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), lora_dropout=dropout, target_modules=targets)
     config.fan_in_fan_out = isinstance(anatomy(model).blocks[0].output, Conv1D)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft asks for an attribute that transformers is about to rename; nobody who prunes can do anything about it
+        warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
         torch.manual_seed(seed)
         tuned = get_peft_model(model, config)
     train(

@@ -50,8 +50,9 @@ def amp_amounts(
         parameters that are missing, which meets the ratio more closely.
     groups
         Where query heads share keys and values: ``whole`` takes out groups with their keys and values, ``within`` the
-        same number of query heads of each group; ``auto`` is ``whole`` unless there is only one group. The paper has
-        multi-head attention only.
+        same number of query heads of each group. ``auto`` is the one with the finer steps, and ``whole`` where both are
+        equal: with 2 groups of 6 heads ``whole`` could only halve the heads. The paper has multi-head attention only,
+        where every head is a group and ``auto`` its rule.
     parts
         ``both``, or ``mlp``: neurons only, for families whose checkpoints cannot have fewer heads. Not in the paper.
 
@@ -95,7 +96,7 @@ def amp_amounts(
 def _heads_to_remove(size: LayerSizes, r: float, groups: Grouping) -> tuple[int, int]:
     """Query heads and key/value heads."""
     per_group = size.heads // size.key_value_heads
-    if groups == "whole" or (groups == "auto" and (size.key_value_heads > 1 or per_group == 1)):
+    if groups == "whole" or (groups == "auto" and size.key_value_heads >= per_group):
         cut = min(round(r * size.key_value_heads), size.key_value_heads - 1)
         return cut * per_group, cut
     return min(round(r * per_group), per_group - 1) * size.key_value_heads, 0

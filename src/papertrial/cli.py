@@ -47,7 +47,11 @@ def fail(message: str, code: int = 1) -> NoReturn:
 def _console(stderr: bool = False) -> Any:
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    class Pipeable(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # for main, to whom a reader that has seen enough is no failure
+
+    return Pipeable(stderr=stderr)
 
 
 @app.command()
@@ -83,6 +87,13 @@ def run(
         _run_one(card, scale, model, seeds, device, threads, workers, report, record, fresh, as_json)
 
 
+def _command_again() -> str:
+    """The command as it was given, but for an option that would throw away what it left."""
+    import shlex
+
+    return shlex.join(["papertrial", *(word for word in sys.argv[1:] if word != "--fresh")])
+
+
 def _aged_cards(scale: str) -> list[Any]:
     from papertrial.lab.catalogue import standing
     from papertrial.lab.claim import read_cards
@@ -105,24 +116,21 @@ def _run_one(
     as_json: bool,
 ) -> None:
     from papertrial.lab import runner, summary
-    from papertrial.lab.evidence import own_path, write_evidence
+    from papertrial.lab.evidence import own_path, reference_path, write_evidence
     from papertrial.lab.report import write_report
     from papertrial.lab.verdict import FEWEST_SEEDS
     from papertrial.terminal import LiveProgress, print_json, print_run
 
-    if record and (scale == "smoke" or model):
-        raise UsageError(
-            "only the experiment's own model at small, gpu or paper scale can be recorded as reference evidence"
-        )
-    plan = runner.plan_run(card, scale, model=model, seeds=seeds, device=device, threads=threads, workers=workers)
+    if record:
+        _require_recordable(card, scale, model)
+    try:
+        plan = runner.plan_run(card, scale, model=model, seeds=seeds, device=device, threads=threads, workers=workers)
+    except KeyboardInterrupt:
+        fail("stopped before anything was begun", 130)
     if record and len(plan.seeds) < FEWEST_SEEDS:
         raise UsageError(f"reference evidence needs at least {FEWEST_SEEDS} seeds, got {len(plan.seeds)}")
     console, notes = _console(), _console(stderr=True)
-    again = (
-        f"papertrial run {card.slug} --scale {scale}"
-        + (f" --model {model}" if model else "")
-        + (f" --seeds {seeds}" if seeds else "")
-    )
+    again = _command_again()
     kept = [] if fresh else runner.finished_seeds(plan)
     notes.print(
         f"[bold]{card.slug}[/] at {scale}: {len(plan.seeds)} seed(s), {plan.workers} at a time, {plan.device}"
@@ -139,7 +147,7 @@ def _run_one(
     path = write_report(card, evidence, report)
     runner.discard(plan)
     if record:
-        _record(card, scale, evidence)
+        write_evidence(reference_path(card, scale), evidence)
     if as_json:
         print_json(summary.as_json(card, evidence) | {"report": str(path)})
     else:
@@ -147,13 +155,15 @@ def _run_one(
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
-def _record(card: Any, scale: str, evidence: Any) -> None:
-    from papertrial.lab.evidence import reference_path, write_evidence
-
-    checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / "pyproject.toml").is_file():
-        raise UsageError("--record works in a checkout of the project only; your run is kept in the home folder")
-    write_evidence(reference_path(card, scale), evidence)
+def _require_recordable(card: Any, scale: str, model: str | None) -> None:
+    """Reference evidence is the experiment's own, and belongs beside its paper in a checkout, not in site-packages."""
+    if scale == "smoke" or model:
+        raise UsageError(
+            "only the experiment's own model at small, gpu or paper scale can be recorded as reference evidence"
+        )
+    package = Path(__file__).resolve().parent
+    if card.folder.resolve().is_relative_to(package) and not (package.parents[1] / "pyproject.toml").is_file():
+        raise UsageError(f"{card.slug} is part of the installed package; record its evidence in a checkout of it")
 
 
 @app.command()
@@ -161,15 +171,18 @@ def show(slug: Slug, as_json: Json = False) -> None:
     """A paper: what it claims, and the evidence there is."""
     from papertrial.home import home
     from papertrial.lab import summary
+    from papertrial.lab.apply_options import applicable
     from papertrial.lab.catalogue import standing
     from papertrial.lab.claim import find_card
     from papertrial.lab.digests import takes_model
-    from papertrial.lab.evidence import read_evidence
+    from papertrial.lab.evidence import read_all_evidence
     from papertrial.terminal import print_card, print_json, print_run
 
     card = find_card(slug)
     state = standing(card)
-    own = [read_evidence(path) for path in sorted((home() / "evidence" / card.slug).glob("*.json"))]
+    own, damaged = read_all_evidence(sorted((home() / "evidence" / card.slug).glob("*.json")))
+    for problem in damaged:
+        print(f"left out: {problem}", file=sys.stderr)
     if as_json:
         fields = card.model_dump(mode="json", exclude={"folder"})
         print_json(
@@ -197,6 +210,12 @@ def show(slug: Slug, as_json: Json = False) -> None:
     else:
         own_model = " [--model ID|DIR]" if takes_model(card) else ""
         console.print(f"\nPut it on trial: papertrial run {card.slug}{own_model}", markup=False, highlight=False)
+        if card.slug in applicable():
+            console.print(
+                f"Apply it to yours: papertrial apply {card.slug} --model ID|DIR --out DIR",
+                markup=False,
+                highlight=False,
+            )
 
 
 @app.command("list")
@@ -208,7 +227,7 @@ def list_papers(
 ) -> None:
     """The papers in scope, with their verdicts."""
     from papertrial.lab.catalogue import standing
-    from papertrial.lab.claim import FAMILIES, read_cards
+    from papertrial.lab.claim import FAMILIES, readable_cards
     from papertrial.lab.summary import judgement_json
     from papertrial.terminal import print_json, print_standings
 
@@ -216,7 +235,10 @@ def list_papers(
         raise UsageError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
     if verdict is not None and verdict not in ("upheld", "contradicted", "undecided"):
         raise UsageError(f"unknown verdict {verdict!r}; known: upheld, contradicted, undecided")
-    found = [standing(card) for card in read_cards() if family in (None, card.family)]
+    cards, wrong = readable_cards()
+    found = [standing(card) for card in cards if family in (None, card.family)]
+    for problem in wrong.values():
+        print(f"left out: {problem}", file=sys.stderr)
     if on_trial:
         found = [s for s in found if s.card.on_trial]
     if verdict:
@@ -245,25 +267,18 @@ def list_papers(
 def check(as_json: Json = False) -> None:
     """Name every paper folder that is incomplete, stale or aged; exits with 1 if any is incomplete or stale."""
     from papertrial.lab.catalogue import standing
-    from papertrial.lab.claim import read_cards
-    from papertrial.terminal import STATES, print_json
+    from papertrial.lab.claim import readable_cards
+    from papertrial.terminal import print_json, print_states
 
-    standings = [standing(card) for card in read_cards()]
-    wrong = [s for s in standings if s.state in ("incomplete", "stale")]
+    cards, unreadable = readable_cards()
+    standings = [standing(card) for card in cards]
+    states = [(s.card.slug, s.state, s.problems) for s in standings]
+    states = sorted(states + [(slug, "incomplete", (problem,)) for slug, problem in unreadable.items()])
     if as_json:
-        print_json([{"slug": s.card.slug, "state": s.state, "problems": s.problems} for s in standings])
+        print_json([{"slug": slug, "state": state, "problems": problems} for slug, state, problems in states])
     else:
-        console = _console()
-        for s in standings:
-            if s.problems:
-                console.print(
-                    f"[{STATES[s.state]}]{s.state}[/] {s.card.slug}: {'; '.join(s.problems)}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-        counts = {state: sum(s.state == state for s in standings) for state in STATES}
-        console.print(", ".join(f"{n} {state}" for state, n in counts.items() if n), highlight=False)
-    if wrong:
+        print_states(_console(), states)
+    if any(state in ("incomplete", "stale") for _, state, _ in states):
         raise typer.Exit(1)
 
 
@@ -398,7 +413,10 @@ def apply(
     options: Annotated[bool, typer.Option("--options", help="List the method's own options and stop.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Change your checkpoint by a paper's method; writes an ordinary Hugging Face folder with a card."""
+    """Change your checkpoint by a paper's method; writes an ordinary Hugging Face folder with a card.
+
+    Each method has options of its own, such as a ratio: `papertrial apply SLUG --options` lists them.
+    """
     from papertrial.lab.applying import apply_to_checkpoint
     from papertrial.lab.claim import find_card
     from papertrial.terminal import print_applied, print_json, print_options

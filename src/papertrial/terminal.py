@@ -1,6 +1,7 @@
 """What the command line prints: tables, verdicts and live progress. No decisions are made here."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -89,7 +90,7 @@ def print_run(console: Console, card: "PaperCard", evidence: "Evidence", judged:
 
     def arm(name: str, metric: str) -> str:
         values = evidence.values(name, metric)
-        return f"{name}\n{number(t_interval(values).mean)}" if values else name
+        return f"{folded(name)}\n{number(t_interval(values).mean)}" if values else folded(name)
 
     for j in judged:
         unit = f"\n({j.claim.unit})" if j.claim.unit else ""
@@ -104,7 +105,7 @@ def print_run(console: Console, card: "PaperCard", evidence: "Evidence", judged:
             + [f"{bound} {j.claim.effect_unit}".rstrip()]
         )
         table.add_row(
-            escape(j.claim.metric + unit),
+            escape(folded(j.claim.metric) + unit),
             escape(arm(j.claim.baseline, j.claim.metric)),
             escape(arm(j.claim.method, j.claim.metric)),
             escape(effect),
@@ -122,17 +123,33 @@ def _print_other_arms(console: Console, evidence: "Evidence", judged: list["Judg
     from papertrial.lab.summary import number
 
     others = [arm for arm in evidence.arms if arm not in claimed]
-    metrics = list(dict.fromkeys(j.claim.metric for j in judged))
+    judged_metrics = list(dict.fromkeys(j.claim.metric for j in judged))
+    found = {
+        arm: [m for m in judged_metrics if evidence.values(arm, m)]
+        or [m for m in evidence.metrics if evidence.values(arm, m)]
+        for arm in others
+    }
     if not others:
         return
     table = Table(title="Further arms on the same work", title_justify="left", title_style="dim")
-    table.add_column("arm")
-    for metric in metrics:
-        table.add_column(escape(metric), justify="right")
-    for arm in others:
-        values = [evidence.values(arm, metric) for metric in metrics]
-        table.add_row(escape(arm), *[number(t_interval(v).mean) if v else "-" for v in values])
+    for heading in ("metric", "arm", "mean"):
+        table.add_column(heading, justify="right" if heading == "mean" else "left", overflow="fold")
+    for metric in dict.fromkeys([*judged_metrics, *evidence.metrics]):
+        arms = [arm for arm in others if metric in found[arm]]
+        for place, arm in enumerate(arms):
+            mean = number(t_interval(evidence.values(arm, metric)).mean)
+            table.add_row(escape("" if place else metric), escape(arm), mean, end_section=place + 1 == len(arms))
     console.print(table)
+
+
+def folded(name: str, width: int = 14) -> str:
+    """A name in lines of at most so many characters, broken after underscores where that is possible."""
+    lines = [""]
+    for part in re.findall(r"[^_]*_|[^_]+", name):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def print_card(console: Console, card: "PaperCard") -> None:
@@ -176,6 +193,18 @@ def print_standings(console: Console, standings: Iterable["Standing"]) -> None:
     console.print(table)
 
 
+def print_states(console: Console, states: Iterable[tuple[str, str, Sequence[str]]]) -> None:
+    """What is wrong with any paper's folder or evidence, then how many stand where."""
+    counts = dict.fromkeys(STATES, 0)
+    for slug, state, problems in states:
+        counts[state] += 1
+        if problems:
+            console.print(
+                f"[{STATES[state]}]{state}[/] {slug}: {escape('; '.join(problems))}", highlight=False, soft_wrap=True
+            )
+    console.print(", ".join(f"{n} {state}" for state, n in counts.items() if n), highlight=False)
+
+
 def print_found(console: Console, found: "Found") -> None:
     """Search hits: rank, title, year, where it stands, and the first words of what it is about."""
     if not found.papers:
@@ -192,7 +221,8 @@ def print_found(console: Console, found: "Found") -> None:
             f"    [cyan]{escape('  ·  '.join(filter(None, facts)))}[/]  [dim]score {hit.score:.2f}[/]", highlight=False
         )
         if about:
-            console.print(f"    [dim]{escape(about[:150].rsplit(' ', 1)[0])} ...[/]", highlight=False, soft_wrap=True)
+            words = about if len(about) <= 150 else f"{about[:150].rsplit(' ', 1)[0]} ..."
+            console.print(f"    [dim]{escape(words)}[/]", highlight=False, soft_wrap=True)
 
 
 def found_json(found: "Found") -> dict[str, Any]:
@@ -253,6 +283,7 @@ def print_applied(console: Console, applied: "Applied") -> None:
     for what, name, form in (
         ("parameters", "parameters", ",d"),
         ("bytes of weights", "bytes", ",d"),
+        ("tokens read in a second", "tokens_per_second", ",.0f"),
         ("perplexity", "perplexity", ",.4g"),
     ):
         before, after = getattr(applied.before, name), getattr(applied.after, name)
@@ -272,7 +303,10 @@ def print_measures(console: Console, found: dict[str, Any]) -> None:
         table.add_column(heading, justify="right" if heading in ("value", "95 % interval") else "left")
     data = found.get("data")
     if data is not None:
-        table.caption = ", ".join(f"{count:,} {name}" for name, count in data["counts"].items())
+        counts = data["counts"].items()
+        table.caption = ", ".join(
+            f"{count:,} {name.removesuffix('s') if count == 1 else name}" for name, count in counts
+        )
         for name, value in data["measures"].items():
             interval = " to ".join(map(number, data["intervals"].get(name, ())))
             table.add_row(escape(data["source"]), name.replace("_", " "), number(value), interval)

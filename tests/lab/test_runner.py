@@ -1,19 +1,28 @@
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
+from families import tiny_model
+from papertrial import cli
 from papertrial.errors import PapertrialError, UsageError
 from papertrial.lab import runner
-from papertrial.lab.evidence import read_evidence, write_atomically, write_evidence
+from papertrial.lab.evidence import own_path, read_evidence, write_atomically, write_evidence
 from papertrial.lab.report import drawings, render
+from papertrial.lab.runner import TrialFailed
 from papertrial.lab.trial import Trial
 from papertrial.lab.verdict import judge
 from papertrial.lab.workers import WorkerLostError
+from papertrial.lm.models import quiet_transformers
+from papertrial.lm.tokenizers import byte_tokenizer
+from papertrial.terminal import folded
 
 
 def plan_run(*arguments, workers=1, **settings):
@@ -285,5 +294,138 @@ def test_two_runs_at_once_are_refused_and_ctrl_c_says_how_to_resume(held_run):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "1 of 4 seeds are kept. Resume with: papertrial run toy --scale small" in stderr
+    assert "1 of 4 seeds are kept. Resume with: papertrial run toy --workers 1" in stderr
     assert "Traceback" not in stderr
+
+
+# -- a user's own checkpoint and own papers ---------------------------------------------------------------------------
+
+OF_A_MODEL = """
+from papertrial.lab.trial import Trial
+
+SCALES = {"smoke": {"seeds": 2}, "small": {"seeds": 4}}
+
+def run(trial: Trial) -> dict[str, dict[str, float]]:
+    model = trial.checkpoint("house:prose").model
+    if trial.requested_model and model.config.vocab_size < 50:
+        model.model.embed_tokens.weight[10**6]
+    size = next(model.parameters()).detach().abs().sum().item()
+    return {arm: {"score": size} for arm in ("plain", "added")}
+"""
+
+
+@pytest.fixture
+def of_a_model(toy, tmp_path):
+    """A toy paper whose experiment takes a model, and a function that writes one."""
+    (toy.folder / "experiment.py").write_text(OF_A_MODEL)
+
+    def write(vocabulary: int = 300, scale: float = 1.0) -> str:
+        model = tiny_model("llama", vocab_size=vocabulary)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(scale)
+        with quiet_transformers():
+            model.save_pretrained(tmp_path / "mine")
+            byte_tokenizer().save_pretrained(tmp_path / "mine")
+        return str(tmp_path / "mine")
+
+    return toy, write
+
+
+def test_a_model_that_was_written_anew_is_not_mixed_with_its_former_self(of_a_model):
+    toy, write = of_a_model
+    model = write()
+    first = runner.run(plan_run(toy, "smoke", model=model))
+    plan = plan_run(toy, "smoke", model=model)
+    assert runner.finished_seeds(plan) == [0, 1]
+    write(scale=0.5)
+    assert runner.finished_seeds(plan) == []
+    second = runner.run(plan)
+    for before, after in zip(first.trials, second.trials, strict=True):
+        assert after.metrics["plain"]["score"] == pytest.approx(before.metrics["plain"]["score"] / 2)
+
+
+def test_a_model_that_changes_during_a_run_gives_no_evidence(of_a_model):
+    toy, write = of_a_model
+    with pytest.raises(TrialFailed, match="changed while it was on trial"):
+        runner.run(plan_run(toy, "smoke", model=write()), on_trial=lambda record, _: write(scale=2.0))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_goes_wrong_with_a_users_model_is_one_line_and_the_rest_is_in_a_file(of_a_model, workers):
+    toy, write = of_a_model
+    model = write(vocabulary=40)
+    with pytest.raises(TrialFailed, match=r"toy cannot run on .*mine: IndexError: .*out of bounds") as failed:
+        runner.run(plan_run(toy, "smoke", model=model, workers=workers))
+    assert "\n" not in str(failed.value)
+    log = Path(str(failed.value).partition("(more in ")[2].removesuffix(")"))
+    assert "Traceback" in log.read_text()
+
+
+def test_a_model_nobody_finds_is_said_before_anything_begins(of_a_model, tmp_path):
+    toy, _ = of_a_model
+    for name, says in (("", "the name of the model is empty"), (str(tmp_path / "no"), "no such model folder")):
+        with pytest.raises(UsageError, match=says):
+            plan_run(toy, "smoke", model=name)
+
+
+def test_own_runs_of_different_models_stand_in_different_files():
+    names = ["a/b", "a-b", "a b", "/x/" + "long" * 40, "/y/" + "long" * 40]
+    assert len({own_path("toy", "small", name) for name in names}) == len(names)
+
+
+def test_a_full_disk_in_a_worker_is_the_same_error(toy, monkeypatch, tmp_path):
+    (toy.folder / "experiment.py").write_text(
+        "import errno\nSCALES = {'smoke': {'seeds': 2}, 'small': {'seeds': 4}}\n"
+        "def run(trial):\n    raise OSError(errno.ENOSPC, 'No space left on device', '/full')\n"
+    )
+    for workers in (1, 2):
+        with pytest.raises(OSError, match="No space left") as failed:
+            runner.run(plan_run(toy, "smoke", workers=workers))
+        assert failed.value.errno == errno.ENOSPC
+
+
+def test_one_damaged_file_hides_nothing_else(toy_papers, tmp_path):
+    home = tmp_path / "home"
+    (home / "evidence/toy").mkdir(parents=True)
+    (home / "evidence/toy/small.json").write_text("{")
+    shown = papertrial("show", "toy", papers=toy_papers, home=home)
+    assert shown.returncode == 0
+    assert "left out:" in shown.stderr
+    assert "small.json is not evidence: Invalid JSON" in shown.stderr
+    assert "A toy paper about adding one" in shown.stdout
+    broken = toy_papers / "decoding" / "broken"
+    broken.mkdir()
+    (broken / "paper.toml").write_text("title = ")
+    listed = papertrial("list", papers=toy_papers, home=home)
+    assert listed.returncode == 0
+    assert "toy" in listed.stdout
+    assert "broken/paper.toml: not valid TOML" in listed.stderr
+    checked = papertrial("check", papers=toy_papers, home=home)
+    assert checked.returncode == 1
+    assert "incomplete broken:" in checked.stdout
+    assert "incomplete toy:" in checked.stdout
+
+
+def test_evidence_of_ones_own_paper_is_recorded_beside_it_and_never_in_an_installed_package(toy, monkeypatch, tmp_path):
+    installed = tmp_path / "site-packages/papertrial"
+    monkeypatch.setattr("papertrial.cli.__file__", str(installed / "cli.py"))
+    cli._require_recordable(toy, "small", None)
+    ours = toy.model_copy(update={"folder": installed / "papers/decoding/toy"})
+    with pytest.raises(UsageError, match="toy is part of the installed package"):
+        cli._require_recordable(ours, "small", None)
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(toy_papers, tmp_path):
+    environment = {**os.environ, "PAPERTRIAL_PAPERS": str(toy_papers), "PAPERTRIAL_HOME": str(tmp_path)}
+    command = f"set -o pipefail; {sys.executable} -m papertrial list | head -1"
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+
+
+def test_names_are_folded_after_underscores():
+    assert folded("gradient_evaluations_to_adamw_loss") == "gradient_\nevaluations_\nto_adamw_loss"
+    assert folded("plain") == "plain"
+    assert folded("averyveryverylongword") == "averyveryverylongword"
+    assert folded("_lead__twice_") == "_lead__twice_"

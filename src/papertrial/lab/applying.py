@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int | None], None]
 
+SPEED_SECONDS = 4.0
+"""How long passes are timed, the given and the written checkpoint in turn; the quickest counts."""
+
 WINDOW = 512
 """Tokens of context, at most, when perplexity is measured; half of a window overlaps with the last one."""
 
@@ -41,11 +45,19 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Cost:
-    """A checkpoint in figures: parameters, bytes of its weights, perplexity on the evaluation text."""
+    """A checkpoint in figures.
+
+    Attributes
+    ----------
+    bytes : of its weights on the disk.
+    perplexity : on the evaluation text.
+    tokens_per_second : read in one forward pass over a window, on the machine and device at hand.
+    """
 
     parameters: int
     bytes: int
     perplexity: float
+    tokens_per_second: float
 
 
 @dataclass(frozen=True)
@@ -132,12 +144,18 @@ def apply_to_checkpoint(
             )
     except ValueError as error:
         raise UsageError(f"{card.slug} cannot be applied to {model}: {error}") from error
-    before = _cost(checkpoint, held_out, evaluation_tokens, lambda d, t: report("perplexity before", d, t))
+    perplexity = _perplexity(checkpoint, held_out, evaluation_tokens, lambda d, t: report("perplexity before", d, t))
     with _staging(out) as staging:
         report("writing", 0, None)
         _write_model(changed.model, checkpoint, staging)
         written = load(str(staging), device=device)
-        after = _cost(written, held_out, evaluation_tokens, lambda d, t: report("perplexity after", d, t))
+        new_perplexity = _perplexity(
+            written, held_out, evaluation_tokens, lambda d, t: report("perplexity after", d, t)
+        )
+        report("speed", 0, None)
+        speed, new_speed = _speeds(checkpoint, written)
+        before = _cost(checkpoint, perplexity, speed)
+        after = _cost(written, new_perplexity, new_speed)
         record = {
             "paper": {"slug": card.slug, "title": card.title, "arxiv": card.arxiv},
             "base": {"model": model, "digest": checkpoint.digest},
@@ -146,7 +164,12 @@ def apply_to_checkpoint(
             "summary": changed.summary,
             "facts": dict(changed.facts),
             "calibration": {"source": texts.source, "documents": len(texts.texts)},
-            "evaluation": {"source": held_out.source, "tokens": evaluation_tokens, "window": _window(written)},
+            "evaluation": {
+                "source": held_out.source,
+                "tokens": evaluation_tokens,
+                "window": _window(written),
+                "device": device,
+            },
             "before": vars(before),
             "after": vars(after),
             "versions": _versions(),
@@ -179,7 +202,33 @@ def _window(checkpoint: "Checkpoint") -> int:
     return min(WINDOW, getattr(checkpoint.model.config, "max_position_embeddings", None) or WINDOW)
 
 
-def _cost(checkpoint: "Checkpoint", texts: "Texts", tokens: int, report: Callable[[int, int | None], None]) -> Cost:
+def _cost(checkpoint: "Checkpoint", perplexity: float, speed: float) -> Cost:
+    size = sum(path.stat().st_size for path in checkpoint.folder.glob("model*.safetensors"))
+    return Cost(
+        sum(parameter.numel() for parameter in checkpoint.model.parameters()), size, perplexity, round(speed, 1)
+    )
+
+
+def _speeds(*checkpoints: "Checkpoint") -> list[float]:
+    """Tokens a second of each, timed in turn so that what else the machine does is the same for all."""
+    import torch
+
+    best = [math.inf] * len(checkpoints)
+    window = min(map(_window, checkpoints))
+    end = time.monotonic() + SPEED_SECONDS
+    with torch.inference_mode():
+        while time.monotonic() < end or math.inf in best:
+            for place, checkpoint in enumerate(checkpoints):
+                ids = torch.arange(window, device=checkpoint.model.device)[None] % checkpoint.model.config.vocab_size
+                began = time.perf_counter()
+                checkpoint.model(ids, use_cache=False).logits[0, -1, 0].item()  # waits for the device
+                best[place] = min(best[place], time.perf_counter() - began)
+    return [window / seconds for seconds in best]
+
+
+def _perplexity(
+    checkpoint: "Checkpoint", texts: "Texts", tokens: int, report: Callable[[int, int | None], None]
+) -> float:
     from papertrial.lm.scoring import sequence_nll
 
     model, window = checkpoint.model, _window(checkpoint)
@@ -195,9 +244,7 @@ def _cost(checkpoint: "Checkpoint", texts: "Texts", tokens: int, report: Callabl
     if not count:
         raise UsageError("the evaluation text gives no two tokens in a row")
     report(tokens, tokens)
-    size = sum(path.stat().st_size for path in checkpoint.folder.glob("model*.safetensors"))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(parameters, size, math.exp(min(nats / count, 700.0)))
+    return math.exp(min(nats / count, 700.0))
 
 
 # -- the folder --------------------------------------------------------------------------------------------------
@@ -308,13 +355,14 @@ def model_card(card: PaperCard, record: Mapping[str, Any]) -> str:
     lines[-2] += f" (SHA-256 of its configuration and weights: `{record['base']['digest'][:16]}`)."
     lines += ["## What it cost", "", "| | before | after | change |", "|---|---|---|---|"]
     lines += [row("parameters", "parameters", ",d"), row("bytes of weights", "bytes", ",d")]
+    lines += [row("tokens read in a second", "tokens_per_second", ",.0f")]
     lines += [row("perplexity, lower is better", "perplexity", ",.4g"), ""]
     evaluation = record["evaluation"]
     lines += [
         f"Perplexity on up to {evaluation['tokens']:,} tokens of {evaluation['source']}, with up to "
-        f"{evaluation['window']} tokens of context; calibrated on {record['calibration']['source']}. The figures after "
-        "the change are those of this folder as it stands. Perplexity on one text says little about other tasks: "
-        "measure yours.",
+        f"{evaluation['window']} tokens of context; calibrated on {record['calibration']['source']}. Speed: one text "
+        f"of one window, on {evaluation['device']}. The figures after the change are those of this folder as it "
+        "stands. Perplexity on one text says little about other tasks: measure yours.",
         "",
         "## How",
         "",

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from papertrial.errors import UsageError
+from papertrial.errors import PapertrialError, UsageError
 
 FAMILIES = (
     "architecture",
@@ -95,7 +95,10 @@ class Claim(BaseModel):
 
     @property
     def effect_unit(self) -> str:
-        return "%" if self.relative else self.unit
+        """Per cent of the baseline, or the metric's unit; a difference of percentages is in points."""
+        if self.relative:
+            return "%"
+        return "points" if self.unit == "%" else self.unit
 
 
 class PaperCard(BaseModel):
@@ -181,8 +184,20 @@ def paper_folders() -> list[Path]:
 
 
 def read_cards() -> list[PaperCard]:
-    """The cards of all papers in scope, sorted by slug."""
+    """The cards of all papers in scope, sorted by slug; one that cannot be read is an error."""
     return [read_card(folder) for folder in paper_folders()]
+
+
+def readable_cards() -> tuple[list[PaperCard], dict[str, str]]:
+    """The cards that can be read, sorted by slug, and of every other folder what is wrong with its card, by slug."""
+    cards: list[PaperCard] = []
+    wrong: dict[str, str] = {}
+    for folder in paper_folders():
+        try:
+            cards.append(read_card(folder))
+        except PapertrialError as error:
+            wrong[folder.name] = str(error)
+    return cards, wrong
 
 
 def find_card(slug: str) -> PaperCard:
@@ -192,7 +207,7 @@ def find_card(slug: str) -> PaperCard:
         return read_card(folders[slug])
     if re.fullmatch(r"(arxiv:)?\d{4}\.\d{4,5}(v\d+)?", slug, re.IGNORECASE):
         wanted = re.sub(r"^arxiv:|v\d+$", "", slug, flags=re.IGNORECASE)
-        for card in read_cards():
+        for card in readable_cards()[0]:
             if card.arxiv == wanted:
                 return card
         raise UsageError(f"no paper in scope has the arXiv id {wanted}; `papertrial list` shows them all")

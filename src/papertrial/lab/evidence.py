@@ -1,9 +1,11 @@
 """Evidence: the recorded trials of a paper at a scale, with their environment. Plain JSON, validated on read."""
 
+import hashlib
 import json
 import math
 import os
 import tempfile
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -142,7 +144,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_evidence(path: Path, evidence: Evidence) -> None:
-    """Record evidence as JSON, one number list a line short enough for a diff to be read."""
+    """Record evidence as JSON, a value on a line, so that a diff can be read."""
     write_atomically(path, json.dumps(evidence.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
 
 
@@ -152,9 +154,22 @@ def read_evidence(path: Path) -> Evidence:
         return Evidence.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        raise PapertrialError(f"{path} is not evidence: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        place = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+        raise PapertrialError(f"{path} is not evidence: {place}{first['msg']}") from None
     except OSError as error:
         raise PapertrialError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_all_evidence(paths: Iterable[Path]) -> tuple[list[Evidence], list[str]]:
+    """Evidence of every file that can be read, and what is wrong with the others."""
+    found: list[Evidence] = []
+    damaged: list[str] = []
+    for path in paths:
+        try:
+            found.append(read_evidence(path))
+        except PapertrialError as error:
+            damaged.append(str(error))
+    return found, damaged
 
 
 def reference_path(card: PaperCard, scale: str) -> Path:
@@ -164,8 +179,14 @@ def reference_path(card: PaperCard, scale: str) -> Path:
 
 def own_path(slug: str, scale: str, model: str | None) -> Path:
     """Where the latest evidence of the user's own runs stands."""
-    suffix = "" if model is None else "@" + "".join(c if c.isalnum() or c in "-._" else "-" for c in model)[-80:]
+    suffix = "" if model is None else f"@{model_in_file_name(model)}"
     return home() / "evidence" / slug / f"{scale}{suffix}.json"
+
+
+def model_in_file_name(model: str) -> str:
+    """A model's name as part of a file name: readable, and another one for every other model."""
+    readable = "".join(c if c.isalnum() or c in "-._" else "-" for c in model)[-60:]
+    return f"{readable}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
 def reference_evidence(card: PaperCard) -> dict[str, Evidence]:

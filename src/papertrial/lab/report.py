@@ -9,7 +9,7 @@ from papertrial.errors import PapertrialError
 from papertrial.home import home
 from papertrial.lab import figures, summary
 from papertrial.lab.claim import Claim, PaperCard
-from papertrial.lab.evidence import Evidence, write_atomically
+from papertrial.lab.evidence import Evidence, model_in_file_name, write_atomically
 
 
 def repeat_command(evidence: Evidence) -> str:
@@ -79,7 +79,7 @@ def render(card: PaperCard, evidence: Evidence) -> str:
 
 def write_report(card: PaperCard, evidence: Evidence, path: Path | None = None) -> Path:
     """Write the report and return where it stands (default: the ``reports`` folder of the home folder)."""
-    model = "" if evidence.model is None else "-" + "".join(c if c.isalnum() else "-" for c in evidence.model)[-60:]
+    model = "" if evidence.model is None else f"-{model_in_file_name(evidence.model)}"
     target = path or home() / "reports" / f"{evidence.slug}-{evidence.scale}{model}.html"
     if target.is_dir():
         raise PapertrialError(f"{target} is a folder; name a file for the report")

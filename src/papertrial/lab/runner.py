@@ -14,6 +14,7 @@ import platform
 import random
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from papertrial import __version__
-from papertrial.errors import PapertrialError, UsageError
+from papertrial.errors import PapertrialError, UsageError, first_line
 from papertrial.home import home
 from papertrial.lab.claim import SCALES, PaperCard
 from papertrial.lab.digests import changed_modules, digest, module_digests, paper_digest, read_scales, takes_model
@@ -82,13 +83,17 @@ def plan_run(
     Raises
     ------
     UsageError
-        On an unknown scale, a paper that is not on trial, a model where the experiment takes none, a bad number of
-        seeds, or a device that is not there.
+        On an unknown scale, a paper that is not on trial, a model where the experiment takes none or that nobody finds,
+        a bad number of seeds, or a device that is not there.
     """
     if scale not in SCALES:
         raise UsageError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
     if model is not None and card.on_trial and not takes_model(card):
         raise UsageError(f"{card.slug} makes its own models; run it without --model")
+    if model is not None:
+        from papertrial.lm.models import model_folder
+
+        model_folder(model)  # a name that nothing bears is said before anything is started
     own_seeds, parameters = trial_parameters(card.slug, read_scales(card), scale)
     if seeds is not None and not 1 <= seeds <= 1000:
         raise UsageError(f"--seeds must lie in 1..1000, got {seeds}")
@@ -165,6 +170,7 @@ def run(
             records[record.seed] = record
             if on_trial:
                 on_trial(record, False)
+        _require_same_models([records[seed] for seed in plan.seeds])
         return Evidence(
             slug=plan.card.slug,
             scale=plan.scale,
@@ -194,12 +200,34 @@ def finished_seeds(plan: RunPlan) -> list[int]:
 
 
 def _resumable(path: Path) -> TrialRecord | None:
-    """An earlier record, unless it is damaged or the shared modules it used have changed since."""
+    """An earlier record, unless it is damaged or the shared modules or checkpoints it used have changed since."""
     try:
         record = TrialRecord.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return None if changed_modules(record.substrate) else record
+    return None if changed_modules(record.substrate) or _changed_models(record) else record
+
+
+def _changed_models(record: TrialRecord) -> list[str]:
+    """Checkpoints of a record whose weights are others now, or that are gone."""
+    from papertrial.lm.models import folder_digest, model_folder
+
+    def same(name: str, recorded: str) -> bool:
+        try:
+            return folder_digest(model_folder(name)) == recorded
+        except (PapertrialError, OSError):
+            return False
+
+    return [name for name, recorded in record.models.items() if not same(name, recorded)]
+
+
+def _require_same_models(records: Sequence[TrialRecord]) -> None:
+    """One evidence is about one set of weights; somebody may have written a checkpoint anew during the run."""
+    seen: dict[str, str] = {}
+    for record in records:
+        for name, found in record.models.items():
+            if seen.setdefault(name, found) != found:
+                raise TrialFailed(f"{name} changed while it was on trial; run again, and leave it alone meanwhile")
 
 
 @contextlib.contextmanager
@@ -254,10 +282,13 @@ def _run_seed(plan: RunPlan, seed: int, progress: ProgressListener) -> TrialReco
         metrics = _checked(experiment.run(trial), plan.card, seed)
     except PreconditionFailed as error:
         reason = str(error)
-    except ValueError as error:
+    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError) as error:
         if plan.model is None:
             raise
-        raise TrialFailed(f"{plan.card.slug} cannot run on {plan.model}: {error}") from error
+        log = plan.folder / f"seed-{seed}.log"
+        write_atomically(log, traceback.format_exc())
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise TrialFailed(f"{plan.card.slug} cannot run on {plan.model}: {what} (more in {log})") from error
     return TrialRecord(
         seed=seed,
         metrics=metrics,

@@ -98,7 +98,7 @@ def _work(run_seed: RunSeed, plan: "RunPlan", tasks: Any, events: Any, parent: i
             events.put(("record", seed, record.model_dump_json()))
         except KeyboardInterrupt:
             return
-        except PapertrialError as error:
+        except (PapertrialError, OSError) as error:  # what the command line has a line for, such as a full disk
             events.put(("failed", seed, error))
             return
         except Exception as error:

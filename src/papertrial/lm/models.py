@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -52,8 +52,14 @@ class Checkpoint:
 
 def folder_digest(folder: Path) -> str:
     """SHA-256 over ``config.json`` and the safetensors files of a model folder, in the order of their names."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return _files_digest(tuple((path, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files))
+
+
+@lru_cache(maxsize=32)  # large files are read once while nobody writes them
+def _files_digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     total = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    for path, _, _ in files:
         total.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):
@@ -88,7 +94,7 @@ def load(
     if kind not in get_args(Kind):
         raise UsageError(f"kind must be one of {', '.join(get_args(Kind))}; got {kind!r}")
     house = name.startswith("house:")
-    folder = _find(name)
+    folder = model_folder(name)
     if dtype is None and (house or torch.device(device).type == "cpu"):
         dtype = torch.float32
     with quiet_transformers():
@@ -125,11 +131,14 @@ def quiet_transformers() -> Iterator[None]:
 # -- where the files are -----------------------------------------------------------------------------------------
 
 
-def _find(name: str) -> Path:
+def model_folder(name: str) -> Path:
+    """Where the files of a checkpoint lie, fetched from the hub if need be; ``name`` and errors as of :func:`load`."""
     if name.startswith("house:"):
         from papertrial.lm import house
 
         return house.folder(name.removeprefix("house:"))
+    if not name.strip():
+        raise UsageError("the name of the model is empty")
     path = Path(name).expanduser()
     if path.is_dir():
         return path

@@ -8,15 +8,17 @@ from families import random_ids, tiny_model, tiny_tokenizer
 from papertrial.lm.corpora import Document
 from papertrial.lm.generation import left_pad
 from papertrial.lm.scoring import continuation_scores
-from papertrial.papers.compression.void_layers.examination import Examination, share_used
-from papertrial.papers.compression.void_layers.experiment import _chosen, _control_masks, _distances
+from papertrial.papers.compression.void_layers.examination import Examination, control_masks, share_used
+from papertrial.papers.compression.void_layers.experiment import Sweep, _chosen, _distances, _tabulated
 from papertrial.papers.compression.void_layers.method import (
     L2AdaptiveComputation,
     layer_usage,
     phase_distance,
+    profile_distance,
     shuffled_phase_distances,
     trace_layers,
 )
+from papertrial.papers.compression.void_layers.phases import compare
 from papertrial.papers.compression.void_layers.questions import (
     ANSWER,
     BEGIN,
@@ -175,7 +177,7 @@ def test_given_masks_reproduce_the_rule_and_controls_match_its_counts():
     assert examination.masked([trace.active for trace in lac.passes]) == by_rule
     with L2AdaptiveComputation(model, phases=()) as plain:
         examination.accuracy()
-    for masks in _control_masks(lac.passes, plain.passes, generator()).values():
+    for masks in control_masks(lac.passes, plain.passes, generator()).values():
         for mask, trace in zip(masks, lac.passes, strict=True):
             assert torch.equal((~mask).sum(0), trace.dropped)
     with pytest.raises(ValueError, match="4 forwards need as many contexts"):
@@ -206,25 +208,74 @@ def test_more_alpha_uses_fewer_layers_on_a_fixed_text():
     assert shares[0] > shares[-1]
 
 
+def test_the_sweep_of_somebodys_model_is_told_arm_by_arm():
+    points = {"skip, both": [(90.0, 70.0), (50.0, 40.0)], "readout, both": [(91.0, 72.0), (55.0, 60.0)]}
+    assert _tabulated(Sweep(points), [0.0, 0.8]) == {
+        "skip@0": {"sweep_accuracy": 70.0, "sweep_layers_used": 90.0},
+        "skip@0.8": {"sweep_accuracy": 40.0, "sweep_layers_used": 50.0},
+        "readout@0": {"sweep_accuracy": 72.0, "sweep_layers_used": 91.0},
+        "readout@0.8": {"sweep_accuracy": 60.0, "sweep_layers_used": 55.0},
+    }
+
+
 # -- phases in the experiment ------------------------------------------------------------------------------------
 
 
+class NotingTrial(dict):
+    """Parameters, one stream of chance, and what was noted."""
+
+    def generator(self, purpose):
+        return generator(7)
+
+    def note(self, name, value):
+        self[name] = value
+
+
 def test_phase_distances_are_of_every_factor_and_their_null_has_the_same_deals():
-    class FakeTrial(dict):
-        def generator(self, purpose):
-            return generator(7)
-
-        def note(self, name, value):
-            self[name] = value
-
-    trial = FakeTrial(alphas=[0.0, 0.1, 0.8], shuffles=30)
+    trial = NotingTrial(alphas=[0.0, 0.1, 0.8], shuffles=30)
     model, ids = tiny_model("llama", num_hidden_layers=6), random_ids(20, 12)
     trace = trace_layers(model, ids, prompt_length=8)
     results = {}
-    found = _distances(trial, trace, "distance", results)
+    comparison = _distances(trial, trace, trace.of("prompt"), "distance", results)
     expected = [trace_layers(model, ids, alpha=alpha, prompt_length=8) for alpha in (0.1, 0.8)]
-    assert found == [phase_distance(t) for t in expected]
-    assert results["lac"] == {"distance": pytest.approx(sum(found) / 2), "distance@0.8": found[1]}
+    found = [phase_distance(t) for t in expected]
+    assert comparison.found == tuple(found)
+    assert results["lac"] == {"mean_distance": pytest.approx(sum(found) / 2), "distance_at_0.8": found[1]}
     null = [shuffled_phase_distances(t, 30, generator=generator(7)) for t in expected]
-    assert results["shuffled_phases"]["distance"] == pytest.approx(float((null[0] + null[1]).mean() / 2))
-    assert results["shuffled_phases"]["distance@0.8"] == pytest.approx(float(null[1].mean()))
+    assert results["shuffled_phases"]["mean_distance"] == pytest.approx(float((null[0] + null[1]).mean() / 2))
+    assert results["shuffled_phases"]["distance_at_0.8"] == pytest.approx(float(null[1].mean()))
+    noted = trial["99th percentile of shuffled_phases, mean_distance"]
+    assert noted == round(float(((null[0] + null[1]) / 2).quantile(0.99)), 4)
+
+
+def test_a_comparison_of_some_tokens_has_a_null_of_their_number():
+    """By brute force: the answers inside a prompt against the response, nothing else in either group or its null."""
+    model, ids = tiny_model("llama", num_hidden_layers=6), random_ids(20, 12)
+    trace = trace_layers(model, ids, prompt_length=8)
+    places = torch.zeros_like(trace.real)
+    places[:, 2:4] = True
+    response = trace.of("response")
+    found = compare(trace, places, response, [0.1], count=400, generator=generator(3))
+    active = trace_layers(model, ids, alpha=0.1).active
+    inside, after = active[:, places].double(), active[:, response].double()
+    assert found.found == (profile_distance(inside.mean(1), after.mean(1)),)
+    pool, chance = torch.cat([inside, after], 1), generator(4)
+    by_hand = []
+    for _ in range(400):
+        order = torch.randperm(120, generator=chance)
+        by_hand.append(profile_distance(pool[:, order[:40]].mean(1), pool[:, order[40:]].mean(1)))
+    # standard error of either mean: the spread over deals / sqrt(400); they are 4 of their difference apart at most
+    spread = float(torch.tensor(by_hand).std()) * 2**0.5 / 20
+    assert found.mean_chance == pytest.approx(sum(by_hand) / 400, abs=4 * spread)
+    whole = compare(trace, trace.of("prompt"), response, [0.1], count=400, generator=generator(3))
+    assert found.mean_chance > whole.mean_chance + 4 * spread  # fewer tokens, more chance
+    assert found.chance_quantile(0.99) == pytest.approx(float(found.dealt[0].quantile(0.99)))
+
+
+def test_groups_that_share_tokens_or_hold_padding_are_refused():
+    ids, mask = left_pad([[3, 4, 5], [6, 7]], 0)
+    trace = trace_layers(tiny_model("llama"), ids, mask, prompt_length=2)
+    response = trace.of("response")
+    for one in (torch.ones_like(response), ~response):
+        with pytest.raises(ValueError, match="real tokens, each in one group"):
+            compare(trace, one, response, [0.1], count=2, generator=generator())

@@ -1,4 +1,7 @@
-"""Scoring options while layers are left out: prompt once, then the options on its cache, as a model answers."""
+"""Scoring options while layers are left out: prompt once, then the options on its cache, as a model answers.
+
+And what is left out instead of the voids, in as many blocks of every token.
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -9,8 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from papertrial.lm.generation import StepDecoder, evaluating, left_pad
-from papertrial.papers.compression.void_layers.method import LayerTrace, layer_usage, skip_layers
+from papertrial.papers.compression.void_layers.method import (
+    LayerTrace,
+    last_layers,
+    layer_usage,
+    least_turning_layers,
+    random_layers,
+    skip_layers,
+)
 from papertrial.papers.compression.void_layers.questions import OPTIONS, Questions
+
+CONTROLS = ("random_skip", "random_late_skip", "early_exit", "least_turning_skip")
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -77,3 +89,20 @@ def share_used(passes: list[LayerTrace]) -> float:
     sizes = [int(trace.real.sum()) for trace in passes]
     means = [layer_usage(trace).mean for trace in passes]
     return float(torch.tensor(means).double() @ torch.tensor(sizes).double() / sum(sizes))
+
+
+def control_masks(
+    passes: list[LayerTrace], plain: list[LayerTrace], generator: torch.Generator
+) -> dict[str, list[Tensor]]:
+    """For each of :data:`CONTROLS` a mask (L, B, S) of every forward, which leaves out as many blocks of each token.
+
+    ``passes`` are traces under the rule, ``plain`` of the same forwards of the model with all layers.
+    """
+    layers = len(passes[0].active)
+    counts = [trace.dropped for trace in passes]
+    return {
+        "random_skip": [random_layers(c, layers, generator=generator) for c in counts],
+        "random_late_skip": [random_layers(c, layers, generator=generator, spared=2) for c in counts],
+        "early_exit": [last_layers(c, layers) for c in counts],
+        "least_turning_skip": [least_turning_layers(c, trace.cosine) for c, trace in zip(counts, plain, strict=True)],
+    }

@@ -7,7 +7,7 @@ which passage of held-out prose goes on from a prompt.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,20 +19,14 @@ from papertrial.lm.generation import greedy, left_pad
 from papertrial.lm.models import Checkpoint
 from papertrial.lm.scoring import token_log_probs
 from papertrial.lm.training import adamw, train, warmup_cosine
-from papertrial.papers.compression.void_layers.examination import Examination, share_used
+from papertrial.papers.compression.void_layers.examination import CONTROLS, Examination, control_masks, share_used
 from papertrial.papers.compression.void_layers.method import (
     PHASES,
     L2AdaptiveComputation,
     LayerTrace,
-    active_layers,
-    last_layers,
-    least_turning_layers,
-    phase_distance,
-    profile_distance,
-    random_layers,
-    shuffled_phase_distances,
     skip_layers,
 )
+from papertrial.papers.compression.void_layers.phases import Comparison, at_alphas, compare
 from papertrial.papers.compression.void_layers.questions import FactWorld, Questions, continuations
 
 SCALES = {
@@ -109,7 +103,6 @@ SCALES = {
 
 PHASE_SETS = {"both": ("prompt", "response"), "prompt": ("prompt",), "response": ("response",)}
 AUTHORS_ALPHA = 0.8
-CONTROLS = ("random_skip", "random_late_skip", "early_exit", "least_turning_skip")
 
 
 @dataclass
@@ -142,6 +135,8 @@ def run(trial: Trial) -> dict[str, dict[str, float]]:
         used, accuracy = sweep.points[f"{semantics}, both"][trial["alphas"].index(alpha)]
         results[f"lac_{semantics}"] |= {"qa_accuracy": accuracy, "layers_used": used}
         trial.note(f"alpha of {semantics} chosen on validation questions", alpha)
+    if trial.requested_model is not None:
+        results |= _tabulated(sweep, trial["alphas"])
     curves = _controls(trial, model, test, sweep, results)
     _show_accuracy(trial, sweep, curves, full)
     _phases(trial, model, questions, results)
@@ -243,9 +238,18 @@ def _sweep(trial: Trial, model: PreTrainedModel, test: Examination) -> Sweep:
     return sweep
 
 
+def _tabulated(sweep: Sweep, alphas: list[float]) -> dict[str, dict[str, float]]:
+    """The sweep as arms, so that the terminal prints it for somebody's own model; reports have it as a figure."""
+    return {
+        f"{semantics}@{alpha:g}": {"sweep_accuracy": accuracy, "sweep_layers_used": used}
+        for semantics in ("skip", "readout")
+        for alpha, (used, accuracy) in zip(alphas, sweep.points[f"{semantics}, both"], strict=True)
+    }
+
+
 def _chosen(trial: Trial, model: PreTrainedModel, validation: Examination, semantics: str) -> float:
     """The alpha above zero with the best validation accuracy; among equals the largest, which uses fewest layers."""
-    alphas = [alpha for alpha in trial["alphas"] if alpha > 0]
+    alphas = _above_zero(trial)
     found = {alpha: _examined(model, validation, alpha, semantics, "both")[0] for alpha in alphas}
     return float(max(found, key=lambda alpha: (found[alpha], alpha)))
 
@@ -259,31 +263,17 @@ def _controls(
         test.accuracy()
     generator = trial.generator("random layers")
     curves: dict[str, list[tuple[float, float]]] = {arm: [] for arm in CONTROLS}
-    alphas = [alpha for alpha in trial["alphas"] if alpha > 0]
+    alphas = _above_zero(trial)
     for alpha in trial.track(alphas, "controls"):
         passes = sweep.passes[alpha]
         used = 100 * share_used(passes)
-        masks = _control_masks(passes, plain.passes, generator)
+        masks = control_masks(passes, plain.passes, generator)
         for arm, chosen in masks.items():
             curves[arm].append((used, test.masked(chosen)))
     for arm, points in (*curves.items(), ("lac_skip", sweep.points["skip, both"][-len(alphas) :])):
         accuracies = [accuracy for _, accuracy in points]
-        results.setdefault(arm, {})["qa_accuracy_at_matched_usage"] = sum(accuracies) / len(accuracies)
+        results.setdefault(arm, {})["matched_usage_accuracy"] = sum(accuracies) / len(accuracies)
     return curves
-
-
-def _control_masks(
-    passes: list[LayerTrace], plain: list[LayerTrace], generator: torch.Generator
-) -> dict[str, list[Tensor]]:
-    """For each control a mask (L, B, S) of every forward. ``plain`` are traces of the model with all layers."""
-    layers = len(passes[0].active)
-    counts = [trace.dropped for trace in passes]
-    return {
-        "random_skip": [random_layers(c, layers, generator=generator) for c in counts],
-        "random_late_skip": [random_layers(c, layers, generator=generator, spared=2) for c in counts],
-        "early_exit": [last_layers(c, layers) for c in counts],
-        "least_turning_skip": [least_turning_layers(c, trace.cosine) for c, trace in zip(counts, plain, strict=True)],
-    }
 
 
 def _show_accuracy(trial: Trial, sweep: Sweep, curves: dict[str, list[tuple[float, float]]], full: float) -> None:
@@ -316,27 +306,31 @@ def _phases(trial: Trial, model: PreTrainedModel, questions: Questions, results:
 
     The authors' alpha alone would say little here: the first block's jump is so large that it voids nearly everything
     after the second block in either phase. It is reported beside.
+
+    Prompt and response hold different kinds of tokens. So the response is also compared with the answers inside the
+    prompt, against a null of its own: these groups are smaller, and small groups lie further apart by chance.
     """
     ids, mask = left_pad(questions.prompts, 0)
     length = questions.options.shape[2]
     with L2AdaptiveComputation(model, phases=()) as lac:
         greedy(model, ids, mask, max_new_tokens=length, eos_token_id=None)
     trace = lac.trace
-    distances = {"prompt and response": _distances(trial, trace, "phase_profile_distance", results)}
-    traces = _at_alphas(trial, trace)
     groups: dict[str, Tensor] = {phase: trace.of(phase) for phase in PHASES}
+    pairs = {"prompt and response": _distances(trial, trace, groups["prompt"], "phase_distance", results)}
     if len(questions.examples):
         places = torch.zeros_like(trace.real)
         places[:, : len(questions.examples)] = questions.examples.to(places.device)
         groups["answers inside the prompt"] = places
-    profiles = {name: [t.active[:, chosen].double().mean(1) for t in traces] for name, chosen in groups.items()}
+        pairs["answers inside the prompt and response"] = _distances(
+            trial, trace, places, "phase_distance", results, arms=("answers_in_prompt", "shuffled_answers")
+        )
+    traces = at_alphas(trace, _above_zero(trial))
+    profiles = {
+        name: torch.stack([t.active[:, chosen].double().mean(1) for t in traces]).mean(0)
+        for name, chosen in groups.items()
+    }
     for phase in PHASES:
-        results["lac"][f"{phase}_usage"] = 100 * float(torch.stack(profiles[phase]).mean())
-    if "answers inside the prompt" in profiles:
-        pairs = zip(profiles["answers inside the prompt"], profiles["response"], strict=True)
-        found = [profile_distance(inside, response) for inside, response in pairs]
-        distances["answers inside the prompt and response"] = found
-        results["answers_in_prompt"] = {"phase_profile_distance": sum(found) / len(found)}
+        results["lac"][f"{phase}_usage"] = 100 * float(profiles[phase].mean())
     trial.figure(
         "Which layers are active in which phase",
         kind="bar",
@@ -344,7 +338,7 @@ def _phases(trial: Trial, model: PreTrainedModel, questions: Questions, results:
         y_label="tokens for which it is active, %",
         caption="The rule on the unchanged model, mean over the threshold factors. Answers inside the prompt are those "
         "of the solved examples: the same kind of tokens as the response, but read and not generated.",
-        series={name: (100 * torch.stack(shares).mean(0)).tolist() for name, shares in profiles.items()},
+        series={name: (100 * share).tolist() for name, share in profiles.items()},
         x=[str(layer + 1) for layer in range(len(trace.active))],
     )
     trial.figure(
@@ -352,31 +346,48 @@ def _phases(trial: Trial, model: PreTrainedModel, questions: Questions, results:
         x_label="alpha",
         y_label="mean total variation over layers",
         log_x=True,
-        caption="How far apart the shares of active tokens are, layer by layer.",
-        series=distances,
-        x=[alpha for alpha in trial["alphas"] if alpha > 0],
+        caption="How far apart the shares of active tokens are, layer by layer; and how far apart random groups of the "
+        "same tokens are, of the same sizes.",
+        series={name: list(pair.found) for name, pair in pairs.items()}
+        | {f"{name}, by chance": list(pair.chance) for name, pair in pairs.items()},
+        x=_above_zero(trial),
     )
 
 
-def _at_alphas(trial: Trial, trace: LayerTrace) -> list[LayerTrace]:
-    """What the rule says at every alpha above zero of a model that it does not change."""
-    return [replace(trace, active=active_layers(trace.norms, alpha)) for alpha in trial["alphas"] if alpha > 0]
+def _above_zero(trial: Trial) -> list[float]:
+    return [alpha for alpha in trial["alphas"] if alpha > 0]
 
 
-def _distances(trial: Trial, trace: LayerTrace, metric: str, results: dict[str, dict[str, float]]) -> list[float]:
-    """Distance of the phases at every alpha; the mean is the metric, and the same deals of phases make its null."""
-    traces = _at_alphas(trial, trace)
-    found = [phase_distance(t) for t in traces]
-    deals = [shuffled_phase_distances(t, trial["shuffles"], generator=trial.generator(metric)) for t in traces]
-    null = torch.stack(deals).mean(0)
-    results.setdefault("lac", {})[metric] = sum(found) / len(found)
-    results.setdefault("shuffled_phases", {})[metric] = float(null.mean())
-    if AUTHORS_ALPHA in trial["alphas"]:
-        place = [alpha for alpha in trial["alphas"] if alpha > 0].index(AUTHORS_ALPHA)
-        results["lac"][f"{metric}@{AUTHORS_ALPHA}"] = found[place]
-        results["shuffled_phases"][f"{metric}@{AUTHORS_ALPHA}"] = float(deals[place].mean())
-    trial.note(f"99th percentile of the null of {metric}", round(float(null.quantile(0.99)), 4))
-    return found
+def _distances(
+    trial: Trial,
+    trace: LayerTrace,
+    one: Tensor,
+    name: str,
+    results: dict[str, dict[str, float]],
+    *,
+    arms: tuple[str, str] = ("lac", "shuffled_phases"),
+) -> Comparison:
+    """Distance of some tokens from the response at every alpha, and of random groups; the means are the metrics."""
+    comparison = compare(
+        trace,
+        one,
+        trace.of("response"),
+        _above_zero(trial),
+        count=trial["shuffles"],
+        generator=trial.generator(f"{name} of {arms[0]}"),
+    )
+    for arm, mean, each in zip(
+        arms,
+        (comparison.mean, comparison.mean_chance),
+        (comparison.found, comparison.chance),
+        strict=True,
+    ):
+        values = results.setdefault(arm, {})
+        values[f"mean_{name}"] = mean
+        if AUTHORS_ALPHA in comparison.alphas:
+            values[f"{name}_at_{AUTHORS_ALPHA}"] = each[comparison.alphas.index(AUTHORS_ALPHA)]
+    trial.note(f"99th percentile of {arms[1]}, mean_{name}", round(comparison.chance_quantile(0.99), 4))
+    return comparison
 
 
 # -- natural text ------------------------------------------------------------------------------------------------
@@ -403,7 +414,7 @@ def _prose(trial: Trial, results: dict[str, dict[str, float]]) -> None:
             loss = nats()
         used = 100 * share_used(lac.passes)
         losses["lac_skip"].append((used, loss))
-        for arm, masks in _control_masks(lac.passes, plain.passes, generator).items():
+        for arm, masks in control_masks(lac.passes, plain.passes, generator).items():
             with skip_layers(model, masks[0]):
                 losses[arm].append((used, nats()))
     for arm, points in losses.items():
@@ -419,4 +430,4 @@ def _prose(trial: Trial, results: dict[str, dict[str, float]]) -> None:
     half = trial["prose_tokens"] // 2
     with L2AdaptiveComputation(model, phases=()) as lac:
         greedy(model, ids[:, :half], max_new_tokens=trial["new_tokens"], eos_token_id=None)
-    _distances(trial, lac.trace, "prose_phase_profile_distance", results)
+    _distances(trial, lac.trace, lac.trace.of("prompt"), "prose_phase_distance", results)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from families import CORE, DECODERS, ENCODERS, random_ids, tiny_model
+from families import CORE, DECODERS, ENCODERS, left_padded, random_ids, tiny_model
 from papertrial.lm.anatomy import anatomy
 from papertrial.papers.attention.attention_sink.method import (
+    column_excess,
     column_importance,
     measure_sinks,
     proxy_scores,
@@ -88,6 +89,51 @@ def test_shares_are_the_weights_where_rows_sum_to_one_and_ignore_size_and_sign_e
     assert sink_metric([tiny], normalize=True)[0] == 100
 
 
+def excess_by_loops(attn, causal):
+    """One head (T, T): what a column gets against what it would get if every row shared out evenly."""
+    length = len(attn)
+    excess = []
+    for k in range(length):
+        rows = range(k, length) if causal else range(length)
+        got = sum(abs(float(attn[i, k])) for i in rows)
+        even = sum(sum(abs(float(a)) for a in attn[i]) / (i + 1 if causal else length) for i in rows)
+        excess.append(got / even if even else 1.0)
+    return torch.tensor(excess)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_excess_equals_its_definition_for_rows_of_any_sum_and_sign(causal):
+    attn = causal_maps(2, 3, 7) * torch.linspace(-2, 5, 7)[:, None]
+    attn = attn if causal else attn.flip(-1)
+    found = column_excess(attn, causal=causal)
+    for sample in range(2):
+        for head in range(3):
+            assert torch.allclose(found[sample, head], excess_by_loops(attn[sample, head], causal), rtol=1e-4)
+    assert float(found.max()) > 2
+
+
+def test_excess_is_one_where_nothing_is_preferred_whatever_rows_sum_to():
+    visible = torch.ones(9, 9).tril()
+    halves, shares = visible / 2, visible / torch.arange(1, 10)[:, None]
+    uneven_rows = shares * torch.rand(9, 1, generator=torch.Generator().manual_seed(0))
+    for attn in (halves, shares, uneven_rows, halves * 1e-6, torch.zeros(9, 9)):
+        assert torch.allclose(column_excess(attn[None, None]), torch.ones(1, 1, 9), rtol=1e-5)
+    assert torch.allclose(column_excess(torch.full((1, 1, 4, 4), 0.3), causal=False), torch.ones(1, 1, 4))
+    first = torch.zeros(1, 1, 4, 4)
+    first[..., 0] = 1
+    # every row gives all to one of the 1, 2, 3, 4 tokens that it sees
+    assert float(column_excess(first)[0, 0, 0]) == pytest.approx(4 / (1 + 1 / 2 + 1 / 3 + 1 / 4))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_an_error_and_not_the_absence_of_a_sink(bad):
+    attn = causal_maps(1, 2, 5)
+    attn[0, 1, 3, 1] = bad
+    for measure in (column_importance, column_excess, lambda attn: sink_metric([attn])):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            measure(attn)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -152,6 +198,11 @@ def test_norms_cosines_and_contributions_are_those_of_the_cached_keys_and_values
             length = cached.values[:, head * groups // heads].norm(dim=-1)
             added = (alpha[:, head] * length).mean(0)
             assert torch.allclose(report.contribution[layer, head], added, rtol=1e-3, atol=1e-5)
+            maps = eager.attentions[layer][:, head]
+            excess = torch.stack([excess_by_loops(attn, True) for attn in maps])
+            assert torch.allclose(report.excess[layer, head], excess.mean(0), rtol=1e-4)
+            excess = torch.stack([excess_by_loops(a * v, True) for a, v in zip(maps, length, strict=True)])
+            assert torch.allclose(report.contribution_excess[layer, head], excess.mean(0), rtol=1e-3)
     assert bool((report.query_key_cosine.abs() <= 1 + 1e-5).all())
 
 
@@ -223,6 +274,49 @@ def test_survey_inside_a_variant_measures_the_variant():
     assert not torch.allclose(report.importance, report.proxy_importance, atol=0.05)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", *ENCODERS])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_are_measured_as_if_alone(family, side):
+    model = tiny_model(family)
+    ids, mask = left_padded(4, 12)
+    if side == "right":
+        ids, mask = ids.flip(1), mask.flip(1)
+    found = measure_sinks(model, ids, 0.12, kinds=("natural",), attention_mask=mask, batch_size=3)["natural"]
+    alone = [
+        measure_sinks(model, row[real.bool()][None], 0.12, kinds=("natural",))["natural"]
+        for row, real in zip(ids, mask, strict=True)
+    ]
+    assert len({len(report.sink) for report in alone}) == 4
+    for name in vars(found):
+        for k in range(12):  # a position is a mean over the texts that reach it
+            values = [getattr(report, name) for report in alone if k < len(report.sink)]
+            if name == "row_sum":
+                expected, got = sum(values) / len(values), found.row_sum
+            else:
+                expected, got = sum(v[..., k] for v in values) / len(values), getattr(found, name)[..., k]
+            if name != "row_sum" or k == 0:
+                assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5), (name, k)
+    unmasked = measure_sinks(model, ids, 0.12, kinds=("natural",))["natural"]
+    assert not torch.allclose(unmasked.importance, found.importance, atol=1e-3)
+
+
+def test_drawn_kinds_have_the_lengths_of_the_masked_rows():
+    ids, mask = left_padded(3, 6)
+    model, seen = tiny_model("gpt2"), []
+    hook = model.transformer.wte.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    reports = measure_sinks(model, ids, attention_mask=mask, generator=torch.Generator().manual_seed(0))
+    hook.remove()
+    assert seen == [(1, 4), (1, 5), (1, 6)] * 3
+    assert {len(report.sink) for report in reports.values()} == {6}
+
+
+def test_a_model_that_overflows_is_an_error():
+    model = tiny_model("llama")
+    model.get_input_embeddings().weight.data[7] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        measure_sinks(model, torch.tensor([[5, 7, 9]]), kinds=("natural",))
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -232,8 +326,22 @@ def test_survey_inside_a_variant_measures_the_variant():
         ({"kinds": ("natural", "shuffled")}, "shuffled"),
         ({"vocabulary": torch.tensor([], dtype=torch.long)}, "vocabulary"),
         ({"batch_size": 0}, "batch_size"),
+        ({"input_ids": torch.tensor([[1, 10**6]])}, r"input_ids holds 1000000; the model has the tokens 0\.\."),
+        ({"input_ids": torch.tensor([[1, -2]])}, "input_ids holds -2"),
+        ({"vocabulary": torch.tensor([3, 10**6])}, "vocabulary holds 1000000"),
+        ({"attention_mask": torch.ones(2, 5)}, r"shape of input_ids, \(2, 6\)"),
+        ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]] * 2)}, "gaps"),
+        ({"attention_mask": torch.tensor([[1] * 6, [0] * 5 + [1]])}, "row 1 with 1 of 2"),
+        ({"attention_mask": torch.zeros(2, 6)}, "row 0 with 0 of 2"),
     ],
 )
 def test_bad_requests_are_refused(arguments, says):
     with pytest.raises(ValueError, match=says):
         measure_sinks(tiny_model("gpt2"), **{"input_ids": random_ids(2, 6), **arguments})
+
+
+def test_ids_that_are_not_integers_are_refused():
+    with pytest.raises(TypeError, match="input_ids must be integers"):
+        measure_sinks(tiny_model("gpt2"), torch.ones(2, 6))
+    with pytest.raises(TypeError, match="vocabulary must be integers"):
+        measure_sinks(tiny_model("gpt2"), random_ids(2, 6), vocabulary=torch.ones(3))

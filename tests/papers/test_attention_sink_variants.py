@@ -334,7 +334,7 @@ def test_key_bias_has_no_value_and_value_bias_no_key():
 
 
 @pytest.mark.parametrize("variant", [*BIASES, "mlp", "mlp_norm"])
-def test_parameters_are_trained_saved_and_taken_up_again(variant):
+def test_parameters_are_trained_stand_in_the_state_dict_and_are_taken_up_again(variant):
     model, ids = tiny_model("llama"), random_ids(4, 8)
     attending = set_attention(model, variant, generator=generator(1))
     own = {n: p.detach().clone() for n, p in model.named_parameters() if "attention_sink" in n}
@@ -351,6 +351,64 @@ def test_parameters_are_trained_saved_and_taken_up_again(variant):
         assert torch.equal(run(other, ids), trained)
     with set_attention(other, variant, generator=generator(3)):  # takes up what is there
         assert torch.equal(run(other, ids), trained)
+
+
+@pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
+@pytest.mark.parametrize("variant", ["kv_bias", "mlp"])
+def test_a_written_folder_gives_back_what_was_trained(family, variant, tmp_path):
+    model, ids = tiny_model(family), random_ids(4, 8)
+    attending = set_attention(model, variant, generator=generator(1))
+    strong(model)
+    with attending:
+        expected = run(model, ids)
+    model.save_pretrained(tmp_path)
+    back = type(model).from_pretrained(tmp_path)
+    assert not [name for name, _ in back.named_parameters() if "attention_sink" in name]  # why saved= is needed
+    with set_attention(back, variant, saved=tmp_path):
+        torch.testing.assert_close(run(back, ids), expected, atol=0, rtol=0)
+    forget_attention(back)
+    with set_attention(back, variant, generator=generator(2)):
+        assert not torch.allclose(run(back, ids), expected, atol=1e-3)
+    with set_attention(back, variant, saved=tmp_path):  # in the place of those that are attached
+        torch.testing.assert_close(run(back, ids), expected, atol=0, rtol=0)
+
+
+def test_a_folder_in_several_files_or_without_its_head_gives_back_the_same(tmp_path):
+    model, ids = tiny_model("llama"), random_ids(2, 6)
+    attending = set_attention(model, "k_bias", layers=[1], generator=generator(1))
+    strong(model)
+    model.save_pretrained(tmp_path / "pieces", max_shard_size="20KB")
+    assert len(list((tmp_path / "pieces").glob("*.safetensors"))) > 1
+    model.model.save_pretrained(tmp_path / "body")
+    with attending:
+        expected = run(model, ids)
+    for folder in ("pieces", "body"):
+        other = tiny_model("llama")
+        with set_attention(other, "k_bias", layers=[-1], saved=tmp_path / folder):
+            torch.testing.assert_close(run(other, ids), expected, atol=0, rtol=0)
+
+
+def test_a_folder_that_has_no_such_parameters_is_refused_and_leaves_the_model_alone(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "plain")
+    set_attention(model, "k_bias", layers=[0], generator=generator())
+    model.save_pretrained(tmp_path / "half")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no such thing")
+    other = tiny_model("llama")
+    for folder, variant, says in (
+        ("plain", "k_bias", "no parameters of a sink variant"),
+        ("half", "k_bias", "of layer 1 the folder holds nothing"),
+        ("half", "kv_bias", r"of layer 0 the folder holds \{'key': \(4, 8\)\}; 'kv_bias' needs"),
+        ("half", "sigmoid", "'sigmoid' has no parameters"),
+        ("broken", "k_bias", "cannot be read"),
+        ("nowhere", "k_bias", "holds no safetensors"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            set_attention(other, variant, saved=tmp_path / folder)
+        assert not [name for name in other.state_dict() if "attention_sink" in name]
+    with pytest.raises(ValueError, match="needs"):
+        set_attention(other, "k_bias", per_head=False, layers=[0], saved=tmp_path / "half")
 
 
 def test_layers_not_asked_for_stay_as_they_are():

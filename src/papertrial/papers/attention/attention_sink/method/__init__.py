@@ -12,22 +12,21 @@ or a learned key that costs nothing to look at, take away the reason.
     with set_attention(model, "sigmoid"):                       # or k_bias, kv_bias, linear_norm ...: see VARIANTS
         train(model, batches, steps=2000, optimizer=adamw(3e-3))
         print(measure_sinks(model, input_ids)["natural"].first_proxy_importance)
+    model.save_pretrained(folder)                               # set_attention(..., saved=folder) brings a bias back
 
 Source: arXiv 2410.10781, sections 3 and 7, and the models of its authors' repository.
 """
 
 from papertrial.papers.attention.attention_sink.method.measure import (
-    KINDS,
-    Kind,
-    SinkReport,
+    column_excess,
     column_importance,
-    measure_sinks,
     proxy_scores,
     sink_metric,
     uniform_importance,
 )
+from papertrial.papers.attention.attention_sink.method.saved import SINK_PARAMETERS
+from papertrial.papers.attention.attention_sink.method.survey import KINDS, Kind, SinkReport, measure_sinks
 from papertrial.papers.attention.attention_sink.method.variants import (
-    SINK_PARAMETERS,
     VARIANTS,
     FeatureMap,
     SinkBias,
@@ -50,6 +49,7 @@ __all__ = [
     "Variant",
     "add_sink_token",
     "attention_weights",
+    "column_excess",
     "column_importance",
     "forget_attention",
     "measure_sinks",

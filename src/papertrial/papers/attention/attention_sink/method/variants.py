@@ -20,7 +20,8 @@ Where there is a k*, the weights returned are those of the text's own keys and s
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -35,7 +36,9 @@ from papertrial.lm.attention import (
     softmax_weights,
     use_attention,
     visible,
+    weighted_attention,
 )
+from papertrial.papers.attention.attention_sink.method.saved import SINK_PARAMETERS, saved_parameters
 
 Variant = Literal[
     "softmax",
@@ -57,9 +60,6 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 NORMALISED = ("softmax", "sigmoid_norm", "elu1_norm", "elu_norm", "v_bias")
 """Variants whose weights over the text's keys are positive and sum to one."""
-
-SINK_PARAMETERS = "attention_sink"
-"""Name under which a layer's own parameters hang on its attention module (and stand in the state dict)."""
 
 _EPS = 1e-8
 _SPREAD = 0.02
@@ -141,26 +141,20 @@ def _mixed(module: nn.Module, weights: Tensor, value: Tensor, dropout: float) ->
 
 
 def _scored(variant: Variant) -> AttentionFunction:
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        scores = attention_scores(query, key, scaling, kwargs.get("softcap"))
-        weights = attention_weights(scores, visible(attention_mask, scores), variant).to(query.dtype)
-        return _mixed(module, weights, value, dropout).transpose(1, 2).contiguous(), weights
-
-    return attend
+    return weighted_attention(lambda module, scores, seen: attention_weights(scores, seen, variant))
 
 
 def _kernel(variant: Variant, unscale: float) -> AttentionFunction:
     """``unscale`` turns the query into the one before scaling, in families that scale it ahead of the function."""
     name, _, norm = variant.partition("_")
+
+    def weigh(module: nn.Module, scores: Tensor, seen: Tensor) -> Tensor:
+        weights = scores * seen
+        if norm:
+            weights = _normalised(weights) if name == "elu" else _bounded(weights)
+        return weights
+
+    product = weighted_attention(weigh)
 
     def attend(
         module: nn.Module,
@@ -178,12 +172,7 @@ def _kernel(variant: Variant, unscale: float) -> AttentionFunction:
             "elu": lambda x: F.elu(x) + 1,
         }[name]
         scale = (query.shape[-1] ** -0.5 if scaling is None else scaling) / unscale
-        scores = attention_scores(features(query * unscale), features(key), scale)
-        weights = scores * visible(attention_mask, scores)
-        if norm:
-            weights = _normalised(weights) if name == "elu" else _bounded(weights)
-        weights = weights.to(query.dtype)
-        return _mixed(module, weights, value, dropout).transpose(1, 2).contiguous(), weights
+        return product(module, features(query * unscale), features(key), value, attention_mask, scale, dropout)
 
     return attend
 
@@ -243,12 +232,18 @@ def set_attention(
     per_head: bool = True,
     layers: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    saved: str | os.PathLike[str] | None = None,
 ) -> contextlib.AbstractContextManager[None]:
     """Attach a variant's parameters to the model now, and run it with the variant inside the returned block.
 
         attending = set_attention(model, "k_bias", generator=generator)
         with attending:                                             # can be entered again and again
             train(model, batches, steps=..., optimizer=adamw(3e-3))  # trains the bias too
+        model.save_pretrained(folder)
+
+        model = AutoModelForCausalLM.from_pretrained(folder)        # knows nothing of the bias, and warns of it
+        with set_attention(model, "k_bias", saved=folder):          # takes it from the folder
+            ...
 
     Parameters
     ----------
@@ -262,17 +257,21 @@ def set_attention(
         Which layers, default all; the others stay as they are.
     generator
         Of the biases' start, N(0, 0.02^2), and the feature maps'. None draws from the global one.
+    saved
+        A folder that ``save_pretrained`` wrote while a variant's parameters were attached: take those, of every chosen
+        layer, instead of drawing new ones. ``from_pretrained`` alone does not bring them back.
 
     Notes
     -----
-    Parameters stay attached after the block, as ``<attention module>.attention_sink``, are saved with the model and are
-    taken up again by the next ``set_attention`` of the same variant; ``forget_attention`` removes them. The bias is
-    not part of the key/value cache, so any cache works, also one that was filled before.
+    Parameters stay attached to the model after the block, as ``<attention module>.attention_sink``, and stand in its
+    state dict. The next ``set_attention`` of the same variant on this model takes them up; ``forget_attention`` removes
+    them. The bias is not part of the key/value cache, so any cache works, also one that was filled before.
 
     Raises
     ------
     ValueError
-        For an unknown variant, a layer out of range, or parameters of another variant that are still attached.
+        For an unknown variant, a layer out of range, parameters of another variant that are still attached, and a
+        ``saved`` folder that has none for a chosen layer, or those of another variant, or for a variant without any.
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
@@ -281,19 +280,20 @@ def set_attention(
     chosen = list(range(count)) if layers is None else list(layers)
     if outside := [layer for layer in chosen if not -count <= layer < count]:
         raise ValueError(f"layer {outside[0]} is out of range: the model has {count} layers")
+    stored = None if saved is None else saved_parameters(model, saved)
+    new: list[tuple[int, nn.Module]] = []
     for layer in chosen:
-        block = parts.blocks[layer]
-        device, dtype = block.W_O.device, block.W_O.dtype
-        heads, size = block.W_O.shape[:2]
-        fresh: nn.Module | None = None
-        if variant in ("k_bias", "kv_bias", "v_bias"):
-            key, value = variant != "v_bias", variant != "k_bias"
-            fresh = SinkBias(heads if per_head else 1, size, key=key, value=value, generator=generator)
-        elif variant in ("mlp", "mlp_norm"):
-            fresh = FeatureMap(size, generator)
-        if fresh is not None:
-            _attach(block.attention, fresh.to(device=device, dtype=dtype), layer)
-    unscale = float(block.W_O.shape[1]) ** 0.5 if chosen and parts.family.scaled_query else 1.0
+        weight = parts.blocks[layer].W_O  # (H, d_h, D)
+        own = _parameters(variant, weight.shape[0] if per_head else 1, weight.shape[1], generator)
+        if stored is not None:
+            _fill(own, stored.get(layer % count), variant, layer)
+        if own is not None:
+            new.append((layer, own.to(device=weight.device, dtype=weight.dtype)))
+    if stored is None:
+        new = [(layer, own) for layer, own in new if not _fits(parts.blocks[layer].attention, own, layer)]
+    for layer, own in new:  # once all of them are known to be right
+        setattr(parts.blocks[layer].attention, SINK_PARAMETERS, own)
+    unscale = float(parts.blocks[chosen[0]].W_O.shape[1]) ** 0.5 if chosen and parts.family.scaled_query else 1.0
     return _Attending(model, _function(variant, unscale), chosen)
 
 
@@ -305,20 +305,38 @@ def _function(variant: Variant, unscale: float) -> AttentionFunction:
     return _scored(variant)
 
 
-def _attach(module: nn.Module, fresh: nn.Module, layer: int) -> None:
+def _parameters(variant: Variant, heads: int, size: int, generator: torch.Generator | None) -> nn.Module | None:
+    """A layer's own parameters, freshly drawn; None for the variants that have none."""
+    if variant in ("k_bias", "kv_bias", "v_bias"):
+        return SinkBias(heads, size, key=variant != "v_bias", value=variant != "k_bias", generator=generator)
+    return FeatureMap(size, generator) if variant in ("mlp", "mlp_norm") else None
+
+
+def _form(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _fill(own: nn.Module | None, stored: Mapping[str, Tensor] | None, variant: Variant, layer: int) -> None:
+    """Put what a folder holds of a layer in the place of what was drawn."""
+    if own is None:
+        raise ValueError(f"saved: {variant!r} has no parameters that could be taken from a folder")
+    needed, held = _form(own.state_dict()), _form(stored or {})
+    if needed != held:
+        raise ValueError(f"saved: of layer {layer} the folder holds {held or 'nothing'}; {variant!r} needs {needed}")
+    own.load_state_dict(dict(stored or {}))
+
+
+def _fits(module: nn.Module, fresh: nn.Module, layer: int) -> bool:
+    """Whether the layer has parameters of this form already; those of another variant are an error."""
     there = getattr(module, SINK_PARAMETERS, None)
     if there is None:
-        setattr(module, SINK_PARAMETERS, fresh)
-        return
-
-    def form(own: nn.Module) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(parameter.shape) for name, parameter in own.named_parameters()}
-
-    if form(there) != form(fresh):
+        return False
+    if _form(there.state_dict()) != _form(fresh.state_dict()):
         raise ValueError(
-            f"layer {layer} still has the parameters {form(there)} of another variant, {form(fresh)} are needed: "
-            "call forget_attention first"
+            f"layer {layer} still has the parameters {_form(there.state_dict())} of another variant, "
+            f"{_form(fresh.state_dict())} are needed: call forget_attention first"
         )
+    return True
 
 
 class _Attending(contextlib.AbstractContextManager[None]):

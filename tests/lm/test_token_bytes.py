@@ -190,6 +190,37 @@ def test_composed_text_passes_nfc():
     assert view.encode_bytes("naïve".encode()) == tokenizer.encode("naïve")
 
 
+def test_text_that_nfc_would_change_is_refused_and_not_read_as_other_text():
+    tokenizer = train_bpe([TEXT], 300)
+    assert TokenBytes(tokenizer).encode_bytes("cafe\u0301".encode()) == tokenizer.encode("cafe\u0301")
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    view = TokenBytes(tokenizer)
+    assert view.composed
+    for text in ("cafe\u0301", "\u1100\u1161", "a\u0301\u0323", "\uf900"):  # marks, jamo, their order, a singleton
+        assert not view.is_normal(text)
+        with pytest.raises(ValueError, match="NFC"):
+            view.encode_bytes(text.encode())
+    for text in ("caf\u00e9", "x\u0301", "\uac00"):  # x with an acute has no composed form
+        assert view.is_normal(text)
+        assert view.encode_bytes(text.encode()) == tokenizer.encode(text)
+
+
+def test_merges_are_the_encoder_s_in_the_order_of_their_ranks():
+    view = TokenBytes(TOKENIZERS["gpt2"]())
+    merges = view.merges
+    assert len(merges) == view.size - 256 - 3
+    assert list(merges[:, 2]) == sorted(merges[:, 2])  # a trained vocabulary numbers them as it finds them
+    for left, right, made in merges.tolist():
+        assert view.bytes_of(left) + view.bytes_of(right) == view.bytes_of(made)
+    twice = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2, "ba": 3}, merges=[("a", "b"), ("b", "a"), ("a", "b")]))
+    twice.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    view = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=twice))
+    assert view.merges.tolist() == [[1, 0, 3], [0, 1, 2]]
+    assert view.encode_bytes(b"aba") == [0, 3]
+    assert TokenBytes(byte_tokenizer()).merges.shape == (0, 3)
+    assert not view.words_first
+
+
 def test_added_blanks_are_lossy_and_other_added_tokens_are_no_text():
     tokenizer = train_bpe([TEXT], 300)
     tokenizer.add_tokens([AddedToken("<tool>", normalized=False, special=False)])

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
@@ -29,7 +29,7 @@ SPACE = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _METASPACE = re.compile(f"{SPACE}[^{SPACE}]*|[^{SPACE}]+")
 _HARMLESS = {"NFC", "Prepend", "Replace"}
-"""Normalizers that keep text as it is: NFC on text that is composed already, and what makes spaces into U+2581."""
+"""Normalizers that keep text as it is: NFC on composed text (other text is refused), what makes spaces into U+2581."""
 
 
 class TokenBytes:
@@ -53,6 +53,12 @@ class TokenBytes:
         Number of ids, added tokens included.
     splits
         Whether texts are cut into pieces (words) that no token crosses.
+    composed
+        Whether the encoder brings texts to Unicode's form NFC first (Qwen, GPT-NeoX): no others come back.
+    words_first
+        Whether a piece that is a token by itself stays whole, whatever the merges say (Llama 3).
+    pre_tokenizers
+        The parts of what cuts texts into pieces, as the ``tokenizers`` library writes them, sequences opened.
 
     Raises
     ------
@@ -68,8 +74,12 @@ class TokenBytes:
         state = json.loads(_backend(tokenizer).to_str())
         self.algorithm: str = state["model"]["type"]
         parts = {part["type"]: part for part in _parts(state["pre_tokenizer"])}
-        normalizers = _parts(state["normalizer"])
-        self.kind = _kind(self.algorithm, parts, normalizers, state["model"])
+        self.pre_tokenizers = _parts(state["pre_tokenizer"])
+        normal = _parts(state["normalizer"])
+        self.kind = _kind(self.algorithm, parts, normal, state["model"])
+        self.composed = any(part["type"] == "NFC" for part in normal)
+        self.words_first = bool(state["model"].get("ignore_merges"))
+        self._merges: list[Any] = state["model"].get("merges") or []
         self.size = len(tokenizer)
         self.added = {token["id"]: token for token in state["added_tokens"]}
         self.unknown: int | None = state["model"].get("unk_id")
@@ -88,7 +98,7 @@ class TokenBytes:
             self.splits = bool(self._metaspace.get("split", True))
         elif self.kind in ("byte_bpe", "byte_unigram") and len(parts) == 1:
             self.splits = bool(parts["ByteLevel"].get("use_regex", True))
-        self.lossy = self._why_lossy(normalizers)
+        self.lossy = self._why_lossy(normal)
         self._of_byte = {character: byte for byte, character in enumerate(byte_alphabet())}
         self._to_byte = byte_alphabet()
         self._bytes = self._all_bytes()
@@ -133,6 +143,15 @@ class TokenBytes:
         names = ((token, self._tokenizer.convert_ids_to_tokens(token)) for token in range(self.size))
         return {int(m[1], 16): token for token, name in names if (m := _BYTE_TOKEN.fullmatch(str(name)))}
 
+    @cached_property
+    def merges(self) -> NDArray[np.int64]:
+        """(M, 3) ids of left part, right part and what they make, in the order of the encoder's ranks; BPE only."""
+        pairs = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in self._merges]
+        last = {pair: rank for rank, pair in enumerate(pairs)}  # a pair named twice has its later rank
+        ids = self._model.token_to_id
+        kept = [(ids(a), ids(b), ids(a + b)) for a, b in sorted(last, key=lambda pair: last[pair])]
+        return np.array(kept, dtype=np.int64).reshape(-1, 3)
+
     def is_invertible(self) -> bool:
         """Whether every text comes back byte for byte: nothing is normalised away and no byte lacks a token."""
         if self.lossy is not None:
@@ -173,6 +192,11 @@ class TokenBytes:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"data is not UTF-8 at byte {error.start}; only whole characters can be encoded") from None
+        if not self.is_normal(text):
+            raise ValueError(
+                f"the text is not in the composed form (NFC) that this tokenizer brings texts to, {_decomposed(text)}: "
+                "give unicodedata.normalize('NFC', text)"
+            )
         if self.kind == "wordpiece":
             return list(self._tokenizer.encode(text, add_special_tokens=False))
         if start and text:
@@ -186,6 +210,10 @@ class TokenBytes:
                 "use a tokenizer that covers it, or other text"
             )
         return ids
+
+    def is_normal(self, text: str) -> bool:
+        """Whether the encoder's normalizer leaves a text alone: always, but for tokenizers with NFC."""
+        return not self.composed or text.isascii() or _NFC.normalize_str(text) == text
 
     def decode_bytes(self, ids: Iterable[int], *, start: bool = True) -> bytes:
         """The bytes of tokens, special ones left out; with ``start`` without the blank that the encoder put before."""
@@ -264,6 +292,17 @@ class TokenBytes:
         if any(character not in self._of_byte for character in name):
             return None
         return bytes(self._of_byte[character] for character in name)
+
+
+_NFC = normalizers.NFC()
+
+
+def _decomposed(text: str) -> str:
+    """Where a text and its composed form part."""
+    composed = _NFC.normalize_str(text)
+    both = enumerate(zip(text, composed, strict=False))
+    at = next((i for i, (a, b) in both if a != b), min(len(text), len(composed)))
+    return f"see {text[max(0, at - 4) : at + 4]!a} at character {at}"
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -159,7 +159,7 @@ def _rewritten(source: Path, target: Path, change: Callable[[str, bytes], bytes 
         (lambda name, data: None if "votes" in name else data, "damaged|votes"),
         (lambda name, data: b"[1]\n" if "votes" in name else data, "damaged"),
         (lambda name, data: None if name == "manifest.json" else data, "not a backup"),
-        (lambda name, data: data.replace(b'"format": 1', b'"format": 9') if "manifest" in name else data, "newer"),
+        (lambda name, data: data.replace(b'"format": 2', b'"format": 9') if "manifest" in name else data, "newer"),
     ],
 )
 def test_a_damaged_backup_changes_nothing(used: Path, change: Any, message: str) -> None:
@@ -169,6 +169,97 @@ def test_a_damaged_backup_changes_nothing(used: Path, change: Any, message: str)
     with pytest.raises(UsageError, match=message):
         restore(_rewritten(good, used / "bad.zip", change), force=True)
     assert dump() == before
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    kept = [file for name in ("keys", "evidence") for file in sorted((folder / name).rglob("*")) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in kept}
+
+
+def _without_digests(change: Callable[[str, bytes], bytes | None]) -> Callable[[str, bytes], bytes | None]:
+    """As a backup of the first format is: its manifest knows no files."""
+
+    def older(name: str, data: bytes) -> bytes | None:
+        if name == "manifest.json":
+            manifest = json.loads(data)
+            del manifest["files"]
+            return json.dumps(manifest | {"format": 1}).encode()
+        return change(name, data)
+
+    return older
+
+
+_FILE_DAMAGE = [
+    (lambda name, data: bytes(32) if name == "keys/service" else data, "keys/service"),
+    (lambda name, data: b"" if name == "keys/service" else data, "keys/service"),
+    (lambda name, data: None if name == "keys/service" else data, "key"),
+    (lambda name, data: b"{ }" if "evidence/toy" in name else data, "evidence/toy/small.json"),
+    (lambda name, data: None if "evidence/toy" in name else data, "evidence/toy/small.json"),
+    (_without_digests(lambda name, data: None if name == "keys/service" else data), "key"),
+    (_without_digests(lambda name, data: b"short" if name == "keys/service" else data), "not a key"),
+    (lambda name, data: data.replace(b"keys/service", b"keys/../../x") if "manifest" in name else data, "key"),
+    (
+        lambda name, data: data.replace(b"evidence/toy/small", b"evidence/../../small") if "manifest" in name else data,
+        "no place",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), _FILE_DAMAGE)
+def test_a_backup_whose_files_are_damaged_changes_nothing(
+    used: Path, change: Any, message: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the database and key of a service in use, nor an empty home folder."""
+    good = used / "good.zip"
+    backup(good)
+    bad = _rewritten(good, used / "bad.zip", change)
+    with Store.open() as store, store.writing() as connection:
+        connection.execute(schema.metadata.tables["votes"].delete())
+    before, files = dump(), _files(used)
+    with pytest.raises(UsageError, match=f"damaged.*{message}"):
+        restore(bad, force=True)
+    assert (dump(), _files(used)) == (before, files)
+    empty = tmp_path_factory.mktemp("empty")
+    monkeypatch.setenv("PAPERTRIAL_HOME", str(empty))
+    with pytest.raises(UsageError, match=message):
+        restore(bad)
+    assert not [file for file in empty.rglob("*") if file.is_file()]
+
+
+def test_one_flipped_byte_of_the_key_is_found_before_anything_is_changed(used: Path) -> None:
+    """As a bad disk does it: inside the archive, whose structure stays whole."""
+    archive = used / "b.zip"
+    backup(archive)
+    data, key = bytearray(archive.read_bytes()), keys.read_key(used, "service")
+    with zipfile.ZipFile(archive) as opened:
+        info = opened.getinfo("keys/service")
+    at = info.header_offset + 30 + len("keys/service") + len(info.extra) + info.compress_size // 2
+    data[at] ^= 0x40
+    archive.write_bytes(data)
+    with Store.open() as store, store.writing() as connection:
+        connection.execute(schema.metadata.tables["votes"].delete())
+    before = dump()
+    with pytest.raises(UsageError, match="damaged"):
+        restore(archive, force=True)
+    assert dump() == before
+    assert keys.read_key(used, "service") == key
+
+
+def test_a_backup_of_the_first_format_still_restores(used: Path, tmp_path_factory: Any, monkeypatch: Any) -> None:
+    backup(used / "good.zip")
+    old = _rewritten(used / "good.zip", used / "old.zip", _without_digests(lambda _, data: data))
+    before, files = dump(), _files(used)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.setenv("PAPERTRIAL_HOME", str(elsewhere))
+    restore(old)
+    assert (dump(), _files(elsewhere)) == (before, files)
+
+
+def test_accounts_are_not_backed_up_without_their_key(used: Path) -> None:
+    (used / "keys" / "service").unlink()
+    with pytest.raises(UsageError, match="keys/service is missing"):
+        backup(used / "b.zip")
+    assert not (used / "b.zip").exists()
 
 
 def test_what_is_no_backup_is_refused(home: Path) -> None:

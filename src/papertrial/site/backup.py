@@ -1,21 +1,25 @@
 """Backup and restore: everything that cannot be made again, in one file, from SQLite or PostgreSQL into either.
 
-The file is a ZIP archive: ``manifest.json`` (schema, rows and digest of every table), ``tables/<name>.jsonl`` (a row a
-line), ``keys/`` and ``evidence/`` (the user's own runs) of the home folder. All tables are read in one transaction, so
-the service may go on while a backup is made. What is derived (the search index, figures) is left out, and so are the
-leases, which say what a running service is doing. Stop the service before a restore.
+The file is a ZIP archive: ``manifest.json`` (schema, rows of every table, digest of every table and file),
+``tables/<name>.jsonl`` (a row a line), ``keys/`` and ``evidence/`` (the user's own runs) of the home folder. All tables
+are read in one transaction, so the service may go on while a backup is made. What is derived (the search index, figures)
+is left out, and so are the leases, which say what a running service is doing. Stop the service before a restore.
+
+A restore reads and checks the whole archive, and writes its files beside the places they are for, before it touches the
+database; the files take their places when the database has taken the rows.
 """
 
 import hashlib
 import json
 import os
+import secrets
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import sqlalchemy as sa
 
@@ -27,8 +31,12 @@ from papertrial.feed.database import explained
 from papertrial.feed.search import SearchIndex
 from papertrial.feed.store import Store
 from papertrial.home import home
+from papertrial.site.keys import KEY_BYTES
 
-FORMAT = 1
+#: 1 had no digests of files (the archive's own checksums still tell damage).
+FORMAT = 2
+_KEY = "keys/service"
+_PIECE = 1 << 20
 _ROWS = 500
 _FOLDERS = ("keys", "evidence")
 _MANIFEST = "manifest.json"
@@ -42,7 +50,7 @@ def backup(path: Path, database: str | None = None) -> dict[str, int]:
     Raises
     ------
     UsageError
-        The path is there already, or cannot be written.
+        The path is there already, or cannot be written; the database has accounts and this home folder not their key.
     PapertrialError
         The database cannot be read.
     """
@@ -77,10 +85,12 @@ def _write(archive: zipfile.ZipFile, database: str | None) -> dict[str, int]:
                     digest.update(line)
                     total += 1
             counts[table.name], digests[table.name] = total, digest.hexdigest()
-    for name in _FOLDERS:
-        for file in sorted((home() / name).rglob("*")):
-            if file.is_file() and not file.name.startswith("."):
-                archive.write(file, f"{name}/{file.relative_to(home() / name).as_posix()}")
+    files = _write_files(archive)
+    if counts["users"] and _KEY not in files:
+        # Without it the links in letters that were sent would be void after a restore, and nobody would know why.
+        raise UsageError(
+            f"the database has accounts, but {home() / _KEY} is missing; is this the service's home folder?"
+        )
     manifest = {
         "format": FORMAT,
         "papertrial": papertrial.__version__,
@@ -88,9 +98,32 @@ def _write(archive: zipfile.ZipFile, database: str | None) -> dict[str, int]:
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": counts,
         "digests": digests,
+        "files": files,
     }
     archive.writestr(_MANIFEST, json.dumps(manifest, indent=1))
     return counts
+
+
+def _write_files(archive: zipfile.ZipFile) -> dict[str, str]:
+    """Put the folders into the archive; the digest of each file."""
+    digests = {}
+    for folder in _FOLDERS:
+        for file in sorted((home() / folder).rglob("*")):
+            if file.is_file() and not file.name.startswith("."):
+                name = f"{folder}/{file.relative_to(home() / folder).as_posix()}"
+                with file.open("rb") as source, archive.open(zipfile.ZipInfo.from_file(file, name), "w") as target:
+                    digests[name] = _copy(source, target)
+    return digests
+
+
+def _copy(source: IO[bytes], target: IO[bytes] | None = None) -> str:
+    """Read to the end, writing along where a target is given; the digest of what was read."""
+    digest = hashlib.sha256()
+    while piece := source.read(_PIECE):
+        digest.update(piece)
+        if target is not None:
+            target.write(piece)
+    return digest.hexdigest()
 
 
 def _tables() -> list[sa.Table]:
@@ -128,12 +161,14 @@ def restore(path: Path, database: str | None = None, *, force: bool = False) -> 
     try:
         with zipfile.ZipFile(path) as archive:
             manifest = _manifest(archive, path)
-            with Store.open(database) as store:
+            _check_tables(archive, manifest, path)
+            with _staged(archive, manifest["files"], path) as staged, Store.open(database) as store:
                 _check_empty(store, force)
                 with store.writing() as connection:
                     counts = _replace(connection, archive, manifest, path)
                     _forget_index(database)
-            _restore_files(archive)
+                for temporary, target in staged:
+                    os.replace(temporary, target)
             return counts
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
@@ -146,11 +181,74 @@ def _manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
         manifest = json.loads(archive.read(_MANIFEST))
         rows, digests = dict(manifest["rows"]), dict(manifest["digests"])
         made_with, file_format = str(manifest["schema"]), int(manifest["format"])
+        files = dict(manifest["files"]) if file_format > 1 else _files_without_digests(archive)
     except (KeyError, ValueError, TypeError):
         raise UsageError(f"{path} is not a backup of Papertrial") from None
-    if file_format != FORMAT or made_with > schema.HEAD:
+    if not 1 <= file_format <= FORMAT or made_with > schema.HEAD:
         raise UsageError(f"{path} was made by a newer Papertrial (schema {made_with}, this one knows {schema.HEAD})")
-    return {"rows": rows, "digests": digests}
+    if rows.get("users") and _KEY not in files:
+        raise UsageError(f"{path} is damaged: it has accounts, but not the service's key ({_KEY})")
+    return {"rows": rows, "digests": digests, "files": files}
+
+
+def _files_without_digests(archive: zipfile.ZipFile) -> dict[str, None]:
+    """The files of a backup of format 1."""
+    return {name: None for name in archive.namelist() if _is_ours(name)}
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file's name leads into one of the folders, and nowhere else."""
+    parts = PurePosixPath(name).parts
+    plain = all(part and not part.startswith(".") and part.isprintable() and "\\" not in part for part in parts)
+    return len(parts) > 1 and parts[0] in _FOLDERS and plain and "/".join(parts) == name
+
+
+def _check_tables(archive: zipfile.ZipFile, manifest: dict[str, Any], path: Path) -> None:
+    """Read every table of the archive once, before anything is changed."""
+    held = set(archive.namelist())
+    for name in manifest["rows"]:
+        if f"tables/{name}.jsonl" not in held:
+            raise UsageError(f"{path} is damaged: table {name} is missing")
+        with archive.open(f"tables/{name}.jsonl") as stream:
+            if _copy(stream) != manifest["digests"].get(name):
+                raise UsageError(f"{path} is damaged: table {name} is not what was written")
+
+
+@contextmanager
+def _staged(archive: zipfile.ZipFile, files: dict[str, str | None], path: Path) -> Iterator[list[tuple[Path, Path]]]:
+    """The files of the archive, checked and written beside their places; (written, its place) of each."""
+    staged: list[tuple[Path, Path]] = []
+    try:
+        for name, digest in files.items():
+            temporary, target = _place(name, path)
+            staged.append((temporary, target))
+            try:
+                source = archive.open(name)
+            except KeyError:
+                raise UsageError(f"{path} is damaged: {name} is missing") from None
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with source, os.fdopen(descriptor, "wb") as stream:
+                found = _copy(source, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if digest is not None and found != digest:
+                raise UsageError(f"{path} is damaged: {name} is not what was written")
+            if name == _KEY and temporary.stat().st_size != KEY_BYTES:
+                raise UsageError(f"{path} is damaged: {name} is not a key")
+        yield staged
+    finally:
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)
+
+
+def _place(name: str, path: Path) -> tuple[Path, Path]:
+    """Where a file of the archive goes, and where it is written before."""
+    target = home() / name
+    if _is_ours(name):
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if target.parent.resolve().is_relative_to((home() / PurePosixPath(name).parts[0]).resolve()):
+            return target.with_name(f".{target.name}.{secrets.token_hex(8)}"), target
+    raise UsageError(f"{path} is damaged: it holds a file {name[:80]!r}, which has no place here")
 
 
 def _check_empty(store: Store, force: bool) -> None:
@@ -172,30 +270,25 @@ def _replace(
     tables = _tables()
     for table in reversed(tables):
         connection.execute(table.delete())
-    held = set(archive.namelist())
     counts = {}
     for table in tables:
         if table.name not in manifest["rows"]:
             continue  # a table that came after the backup was made
-        if f"tables/{table.name}.jsonl" not in held:
-            raise UsageError(f"{path} is damaged: table {table.name} is missing")
         try:
-            total, digest = _insert_rows(connection, archive, table, path)
+            counts[table.name] = _insert_rows(connection, archive, table, path)
         except (sa.exc.IntegrityError, sa.exc.DataError) as error:
             raise UsageError(f"{path} is damaged: a row of table {table.name} does not fit: {error.orig}") from None
-        if total != manifest["rows"][table.name] or digest != manifest["digests"].get(table.name):
+        if counts[table.name] != manifest["rows"][table.name]:
             raise UsageError(f"{path} is damaged: table {table.name} is not what was written")
-        counts[table.name] = total
     _count_on(connection)
     return counts
 
 
-def _insert_rows(connection: sa.Connection, archive: zipfile.ZipFile, table: sa.Table, path: Path) -> tuple[int, str]:
-    """Bring one table back; how many rows it has, and their digest."""
-    batch, total, digest = [], 0, hashlib.sha256()
+def _insert_rows(connection: sa.Connection, archive: zipfile.ZipFile, table: sa.Table, path: Path) -> int:
+    """Bring one table back; how many rows it has."""
+    batch, total = [], 0
     with archive.open(f"tables/{table.name}.jsonl") as stream:
         while line := stream.readline(_LONGEST_LINE):
-            digest.update(line)
             batch.append(_row(table, line, path))
             total += 1
             if len(batch) == _ROWS:
@@ -203,7 +296,7 @@ def _insert_rows(connection: sa.Connection, archive: zipfile.ZipFile, table: sa.
                 batch = []
     if batch:
         connection.execute(table.insert(), batch)
-    return total, digest.hexdigest()
+    return total
 
 
 def _row(table: sa.Table, line: bytes, path: Path) -> dict[str, Any]:
@@ -249,17 +342,3 @@ def _forget_index(database: str | None) -> None:
         index = SearchIndex(folder, None)
         index.clear()
         index.commit(0)
-
-
-def _restore_files(archive: zipfile.ZipFile) -> None:
-    for name in archive.namelist():
-        folder, _, rest = name.partition("/")
-        target = (home() / name).resolve()
-        inside = target.is_relative_to((home() / folder).resolve())
-        if folder not in _FOLDERS or not rest or name.endswith("/") or not inside:
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        target.unlink(missing_ok=True)
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(archive.read(name))

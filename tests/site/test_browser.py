@@ -236,11 +236,15 @@ def test_the_board_sorts_and_filters_at_once_as_the_service_does(page: Page) -> 
 def test_the_board_is_a_list_of_cards_on_a_phone(reading: Reading) -> None:
     page = reading.open(viewport=PHONE).new_page()
     page.goto("/verdicts")
-    first = page.locator("#board tbody tr").first
-    for cell in first.locator("td").all():
-        box = cell.bounding_box()
-        assert box is not None
-        assert 0 <= box["x"] <= box["x"] + box["width"] <= PHONE["width"]
+    for width in (320, 360, PHONE["width"]):
+        page.set_viewport_size({"width": width, "height": PHONE["height"]})
+        for row in page.locator("#board tbody tr").all():
+            edge = row.bounding_box()
+            assert edge is not None
+            for part in row.locator("td, .badge, .plot").all():
+                box = part.bounding_box()
+                assert box is not None
+                assert edge["x"] <= box["x"] <= box["x"] + box["width"] <= edge["x"] + edge["width"] + 0.5
     before = shown(page)
     page.get_by_role("combobox", name="Sorted by", exact=True).select_option("title")
     after = shown(page)

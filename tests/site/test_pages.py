@@ -151,6 +151,7 @@ def test_what_is_not_there_is_a_page_that_says_so(site: Site, address: str) -> N
         ("/search?family=cheese", "family"),
         ("/search?verdict=guilty", "verdict"),
         ("/search?since=yesterday", "since"),
+        ("/search?q=a&since=2026-02-01&until=2026-01-31", "until"),
         ("/verdicts?sort=weight", "sort"),
         ("/verdicts?state=liquid", "state"),
         ("/?p=-1", "p"),
@@ -417,6 +418,42 @@ def test_the_example_of_a_method_is_read_and_not_run(tmp_path: Path, source: str
     assert found == (None if expected is None else expected.replace("{m}", module))
     if found:
         ast.parse(found)
+
+
+def test_an_example_names_what_its_reader_brings_along_and_imports_the_rest(tmp_path: Path) -> None:
+    code = "out = {name: f(model, x) for name, x in inputs}\nwith f(g) as h:\n    print(h, out, torch.ones(1))"
+    assert method_example.given_names(f"import os\n{code}") == ["f", "model", "inputs", "g", "torch"]
+    assert method_example.given_names("no python (") == []
+    folder = write_papers(tmp_path) / "decoding" / "sheep_upheld"
+    names = [f"a_rather_long_name_{i}" for i in range(4)]
+    calls = "".join(f">>> {name}(torch)\n" for name in names)
+    (folder / "method.py").write_text(f'"""One.\n\n{calls}"""\n' + "".join(f"def {n}(x): ...\n" for n in names))
+    found = method_example.example(read_card(folder))
+    assert found is not None
+    assert found.startswith("import torch\nfrom papertrial.papers.decoding.sheep_upheld.method import (\n    a_rather")
+    assert method_example.given_names(found) == []
+
+
+def test_a_paper_that_is_not_on_trial_offers_nothing_to_run(site: Site) -> None:
+    folder = site.context.board.snapshot.entries["sheep_undecided"].card.folder
+    away = {path: path.read_text() for path in (folder / "experiment.py", folder / "method.py")}
+    for path in away:
+        path.unlink()
+    try:
+        site.context.board.refresh()
+        site.context.pages.clear()
+        text = site.client.get("/papers/sheep_undecided").text
+        about = site.client.get("/about").text
+    finally:
+        for path, source in away.items():
+            path.write_text(source)
+        site.context.board.refresh()
+        site.context.pages.clear()
+    assert "papertrial run" not in text
+    assert 'href="#use"' not in text
+    check_page(text)
+    assert "4 papers in scope, 3 of them on trial" in text
+    assert "The methods of 3 are implemented so far" in about
 
 
 def test_every_kind_of_verdict_is_among_the_papers_that_tests_show(site: Site) -> None:

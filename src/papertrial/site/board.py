@@ -89,6 +89,11 @@ class Snapshot:
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries.values())
 
+    @property
+    def on_trial(self) -> int:
+        """How many papers have a method and an experiment here."""
+        return sum(entry.card.on_trial for entry in self)
+
     def get(self, slug: str | None) -> Entry | None:
         """A paper by slug."""
         return self.entries.get(slug) if slug else None

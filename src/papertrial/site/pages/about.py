@@ -21,6 +21,7 @@ def about(request: Request, here: Here, reader: MaybeReader) -> Response:
         return {
             "papers": here.store.count(),
             "in_scope": len(here.board.snapshot.entries),
+            "on_trial": here.board.snapshot.on_trial,
             "half_life": HALF_LIFE_DAYS,
             "comment_weight": COMMENT_WEIGHT,
             "votes_a_day": pulse.VOTES_A_DAY,

@@ -42,7 +42,7 @@ def all_collections(
     def values() -> dict[str, Any]:
         found = collections.public_collections(here.store, PER_PAGE + 1, p * PER_PAGE)
         return {
-            "collections": found[:PER_PAGE],
+            "collections": [one for one in found[:PER_PAGE] if reader is None or one.owner != reader.name],
             "mine": collections.collections_of(here.store, reader.name, reader) if reader else [],
             "next_page": with_query("/collections", p=p + 1) if len(found) > PER_PAGE and p < 300 else None,
             "previous_page": with_query("/collections", p=p - 1) if p else None,

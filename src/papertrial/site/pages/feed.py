@@ -45,7 +45,7 @@ def newest(request: Request, here: Here, reader: MaybeReader, p: PageNumber = 0)
 
 @router.get("/trending")
 def trending(request: Request, here: Here, reader: MaybeReader, p: PageNumber = 0) -> Response:
-    """What is read and voted for now."""
+    """What is voted for and discussed now."""
 
     def values() -> dict[str, Any]:
         shown = _listed(here, reader, None, "trending", p, "/trending")

@@ -1,11 +1,13 @@
 """A paper's Python example, taken from the text of its method: read by ``ast``, never imported or run."""
 
 import ast
+import builtins
 import re
 from pathlib import Path
 
 from papertrial.lab.claim import PaperCard
 
+LONGEST_LINE = 88
 _PROMPT = re.compile(r"^\s*(>>>|\.\.\.)( |$)")
 _DIRECTIVE = re.compile(r"\s*#\s*doctest:.*$")
 _DOING = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Import, ast.ImportFrom, ast.With, ast.For)
@@ -24,6 +26,22 @@ def example(card: PaperCard) -> str | None:
     except (OSError, SyntaxError, UnicodeDecodeError):
         return None
     return _from_tree(tree, f"{card.module}.method", path)
+
+
+def given_names(code: str) -> list[str]:
+    """Names that a piece of code uses and neither makes, imports nor finds in Python, in the order of their use."""
+    try:
+        nodes = list(ast.walk(ast.parse(code)))
+    except SyntaxError:
+        return []
+    made = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    made |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    taken = [alias for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+    made |= {(alias.asname or alias.name).partition(".")[0] for alias in taken}
+    used = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    used.sort(key=lambda node: (node.lineno, node.col_offset))
+    names = dict.fromkeys(node.id for node in used)
+    return [name for name in names if name not in made and not hasattr(builtins, name)]
 
 
 def _from_tree(tree: ast.Module, module: str, path: Path) -> str | None:
@@ -83,9 +101,13 @@ def _does_something(text: str) -> bool:
 
 
 def _imports(lines: list[str], public: list[str], module: str) -> list[str]:
-    """The import of the public names that the lines use; none where they import for themselves."""
+    """Imports of torch and of the public names that the lines use; none of what they import for themselves."""
     text = "\n".join(lines)
-    if re.search(rf"^\s*(from {re.escape(module)}\b|import {re.escape(module)}\b)", text, re.MULTILINE):
-        return []
-    used = [name for name in public if re.search(rf"\b{re.escape(name)}\b", text)]
-    return [f"from {module} import {', '.join(used)}", ""] if used else []
+    wanted = given_names(text)
+    imports = ["import torch"] if "torch" in wanted else []
+    used = [name for name in public if name in wanted]
+    if used:
+        line = f"from {module} import {', '.join(used)}"
+        short = len(line) <= LONGEST_LINE
+        imports += [line] if short else [f"from {module} import (", *(f"    {name}," for name in used), ")"]
+    return [*imports, ""] if imports else []

@@ -43,6 +43,8 @@ def search(
     if verdict and verdict not in VERDICTS:
         raise Problem(400, f"verdict: {verdict!r} is not one of {', '.join(VERDICTS)}", field="verdict")
     first, last = _day(since, "since"), _day(until, "until")
+    if first and last and last < first:
+        raise Problem(400, f"until: {until} lies before since, {since}", field="until")
     chosen = {"q": (q or "").strip(), "family": family, "verdict": verdict, "since": since, "until": until}
 
     def values() -> dict[str, Any]:

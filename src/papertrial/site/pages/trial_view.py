@@ -16,7 +16,7 @@ from papertrial.lab.summary import ArmRow, arm_rows
 from papertrial.lab.verdict import Judgement, judge
 from papertrial.site.board import Entry
 from papertrial.site.pages import effect_plot
-from papertrial.site.pages.method_example import example
+from papertrial.site.pages.method_example import example, given_names
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,14 @@ class MetricView:
 
 @dataclass(frozen=True)
 class TrialView:
-    """A paper's trial, ready to be shown; ``scales`` has the headline verdict at each recorded scale, largest first."""
+    """A paper's trial, ready to be shown.
+
+    Attributes
+    ----------
+    scales : the headline verdict at each recorded scale, largest first.
+    command : runs the trial (again); None for a paper that is not on trial.
+    given : names in the example that its reader brings along.
+    """
 
     entry: Entry
     claims: Sequence[ClaimView]
@@ -67,8 +74,9 @@ class TrialView:
     claimed: Sequence[MetricView]
     others: Sequence[MetricView]
     figures: Sequence[Picture]
-    command: str
+    command: str | None
     example: str | None
+    given: Sequence[str]
 
 
 def trial_view(entry: Entry, scale: str | None = None) -> TrialView:
@@ -95,6 +103,8 @@ def trial_view(entry: Entry, scale: str | None = None) -> TrialView:
         for claim, judged in zip(card.claim, judgements, strict=True)
     ]
     claimed, others = _metrics(entry, evidence) if evidence else ([], [])
+    command = repeat_command(evidence) if evidence else f"papertrial run {card.slug} --scale small"
+    code = example(card)
     return TrialView(
         entry,
         claims,
@@ -103,8 +113,9 @@ def trial_view(entry: Entry, scale: str | None = None) -> TrialView:
         claimed,
         others,
         _figures(entry, evidence) if evidence else [],
-        repeat_command(evidence) if evidence else f"papertrial run {card.slug} --scale small",
-        example(card),
+        command if card.on_trial else None,
+        code,
+        given_names(code) if code else (),
     )
 
 

@@ -230,6 +230,7 @@ function prepare(root) {
 }
 
 prepare(document);
+document.querySelector(".sections [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
 suggest(document.getElementById("find"));
 document.querySelectorAll("form[data-live]").forEach(live);
 document.querySelectorAll("form[data-board]").forEach(board);

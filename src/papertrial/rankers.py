@@ -1,11 +1,13 @@
 """Searching the catalogue with a method on trial, beside the search that the service is built on.
 
 XTR: every paper is one vector per token, kept under the home folder and brought up to date with the catalogue before
-each search; only papers that are new or changed are encoded. It starts more slowly than the default search, since it
-brings PyTorch in.
+each search; only papers that are new or changed are encoded. The tokens are those of the sentence encoder as it is; one
+that was trained further (``python -m papertrial.papers.retrieval.xtr.train``) takes its place where there is one. It
+starts more slowly than the default search, since it brings PyTorch in.
 """
 
 import hashlib
+import importlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -17,18 +19,21 @@ from papertrial.home import cache_folder, home
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
     from papertrial.feed.catalogue import Catalogue, Found
     from papertrial.feed.lexical import Filters
     from papertrial.feed.records import Paper
-    from papertrial.papers.retrieval.xtr.method import TokenIndex
+    from papertrial.papers.retrieval.xtr.method import TokenEncoder, TokenIndex
 
-TRAINING = "python -m papertrial.papers.retrieval.xtr.train"
 TOKENS_RETRIEVED = 1000
 """k' of a search: what the authors' evaluation retrieves for each query token."""
-MOST_PAPERS = 100_000
-"""Beyond this the vectors, about 50 KB a paper, are too many to keep in memory and to read at every start."""
-_VECTORS, _MANIFEST = "vectors.npy", "manifest.json"
+MOST_PAPERS = 30_000
+"""Beyond this the vectors, some 150 KB a paper without a projection, are too many to be worth their disk."""
+LONGEST = 256
+"""Tokens of a paper that are read; what the sentence encoder was made for."""
+_VECTORS, _SEARCH, _MANIFEST = "vectors.npy", "search.faiss", "manifest.json"
+_METHOD = "papertrial.papers.retrieval.xtr.method"
 _BATCH = 256
 
 
@@ -47,28 +52,33 @@ class XTRRanker:
     say
         Hears what is being done, a line at a time.
     folder
-        Of the trained encoder; default :func:`encoder_folder`.
+        Of an encoder trained further; default :func:`encoder_folder`. Where there is none, the sentence encoder's own
+        tokens are used.
 
     Raises
     ------
     UsageError
-        If there is no trained encoder, saying how to get one, or the catalogue is too large.
+        If the method or the sentence encoder is not installed, the trained encoder is damaged, or the catalogue is too
+        large.
     """
 
     def __init__(self, catalogue: "Catalogue", say: Callable[[str], None], folder: Path | None = None) -> None:
         folder = encoder_folder() if folder is None else folder
-        if not (folder / "xtr.json").is_file():
-            raise UsageError(f"the ranker xtr has no trained encoder in {folder}; train one (minutes) with: {TRAINING}")
         count = catalogue.store.count()
         if count > MOST_PAPERS:
             raise UsageError(f"the ranker xtr takes up to {MOST_PAPERS:,} papers, there are {count:,}: use the default")
         say("starting PyTorch and the token encoder")
-        from papertrial.papers.retrieval.xtr.method import TokenEncoder
-
+        self.method = _method()
         self.catalogue, self.say = catalogue, say
-        self.encoder: TokenEncoder = TokenEncoder.load(folder)
-        digest = hashlib.sha256((folder / "xtr.json").read_bytes() + (folder / "trained.safetensors").read_bytes())
-        self.encoder_digest = digest.hexdigest()
+        if (folder / "xtr.json").is_file():
+            self.encoder: TokenEncoder = self.method.TokenEncoder.load(folder)
+            own = (folder / "xtr.json").read_bytes() + (folder / "trained.safetensors").read_bytes()
+        else:
+            from papertrial.lm.encoders import load_minilm
+
+            self.encoder = self.method.TokenEncoder(load_minilm(), None, max_length=LONGEST).eval()
+            own = f"untrained {LONGEST} {self.encoder.checkpoint.digest}".encode()
+        self.encoder_digest = hashlib.sha256(own).hexdigest()
         database = hashlib.sha256(str(catalogue.store.engine.url).encode()).hexdigest()[:12]
         self.cache = cache_folder("xtr") / database
 
@@ -87,10 +97,8 @@ class XTRRanker:
             raise UsageError("the query is empty; give words, a title or a sentence")
         keys, index = self._index()
         started = time.perf_counter()
-        from papertrial.papers.retrieval.xtr.method import XTRRetriever
-
         # every candidate is ranked, since the filters apply to papers
-        ranked = XTRRetriever(index).search(
+        ranked = self.method.XTRRetriever(index).search(
             self.encoder.encode([query.lower()])[0], k_prime=TOKENS_RETRIEVED, top=len(keys)
         )
         papers: list[Paper] = []
@@ -108,11 +116,12 @@ class XTRRanker:
         return Found(SearchResult(tuple(hits), "xtr", took), tuple(papers), None)  # type: ignore[arg-type]
 
     def _index(self) -> tuple[list[int], "TokenIndex"]:
-        """The papers' numbers and the index over them, brought up to the catalogue's revision."""
+        """The papers' numbers and the index over them, brought up to the catalogue's revision.
+
+        Vectors, and the approximate search over many of them, are kept until the catalogue changes.
+        """
         import numpy as np
         from filelock import FileLock
-
-        from papertrial.papers.retrieval.xtr.method import TokenIndex
 
         self.cache.mkdir(parents=True, exist_ok=True)
         with FileLock(self.cache / ".lock"):
@@ -126,12 +135,21 @@ class XTRRanker:
                 self._encode(documents, fresh)
             if not documents:
                 raise UsageError("the catalogue is empty; `papertrial ingest` fills it")
-            vectors = np.concatenate([entry["vectors"] for entry in documents.values()])
             lengths = [len(entry["vectors"]) for entry in documents.values()]
-            if fresh or kept is None or len(documents) != len(kept["documents"]):
-                self._write(documents, vectors, lengths, revision)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return list(documents), TokenIndex(vectors, offsets)
+            if kept is None or fresh or len(documents) != len(kept["documents"]):
+                vectors: NDArray[np.float16] = np.concatenate([entry["vectors"] for entry in documents.values()])
+                name = f"{hashlib.sha256(vectors.data).hexdigest()[:16]}-{_VECTORS}"
+                temporary = self.cache / f"temporary-{_VECTORS}"
+                np.save(temporary, vectors)
+                temporary.replace(self.cache / name)  # another process may be reading the file it replaces
+            else:
+                vectors, name = kept["vectors"], kept["name"]
+            if kept is None or (name, revision) != (kept["name"], kept["revision"]):
+                self._write(documents, name, lengths, revision)
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            search = self.cache / name.replace(_VECTORS, _SEARCH)
+            index = self.method.TokenIndex(vectors, offsets, kept=search)
+        return list(documents), index
 
     def _read(self) -> dict[str, Any] | None:
         """The kept index of this encoder, None if there is none or it is damaged."""
@@ -148,7 +166,9 @@ class XTRRanker:
         for key, digest, length in manifest["documents"]:
             documents[key] = {"digest": digest, "vectors": vectors[start : start + length]}
             start += length
-        return {"documents": documents, "revision": manifest["revision"]}
+        return {
+            "documents": documents, "revision": manifest["revision"], "vectors": vectors, "name": manifest["vectors"],
+        }  # fmt: skip
 
     def _changed(self, kept: dict[str, Any] | None) -> tuple[dict[int, dict[str, Any]], int]:
         """All papers by number, those whose text is as it was with their vectors; and the catalogue's revision."""
@@ -179,20 +199,28 @@ class XTRRanker:
             if len(fresh) > _BATCH:
                 self.say(f"encoded {min(start + _BATCH, len(fresh)):,} of {len(fresh):,}")
 
-    def _write(self, documents: dict[int, dict[str, Any]], vectors: Any, lengths: list[int], revision: int) -> None:
-        """Replace the kept index: the manifest names the file of vectors, so that the two always belong together."""
-        import numpy as np
-
-        name = f"{hashlib.sha256(np.ascontiguousarray(vectors).tobytes()).hexdigest()[:16]}-{_VECTORS}"
-        np.save(self.cache / name, vectors)
+    def _write(self, documents: dict[int, dict[str, Any]], name: str, lengths: list[int], revision: int) -> None:
+        """Replace the manifest, which names the file of vectors, so that the two always belong together."""
         rows = [[key, entry["digest"], length] for (key, entry), length in zip(documents.items(), lengths, strict=True)]
         manifest = {"encoder": self.encoder_digest, "revision": revision, "vectors": name, "documents": rows}
         temporary = self.cache / f"{_MANIFEST}.tmp"
         temporary.write_text(json.dumps(manifest), encoding="utf-8")
         temporary.replace(self.cache / _MANIFEST)
-        for old in self.cache.glob(f"*-{_VECTORS}"):
-            if old.name != name:
+        for old in self.cache.glob("*-*"):
+            if not old.name.startswith(name.removesuffix(_VECTORS)):
                 old.unlink(missing_ok=True)
+
+
+def _method() -> Any:
+    """The paper's method; its folder may have been removed."""
+    try:
+        return importlib.import_module(_METHOD)
+    except ModuleNotFoundError as error:
+        if error.name is not None and _METHOD.startswith(error.name):
+            raise UsageError(
+                "the ranker xtr is the method of the paper xtr, whose folder is not here: search without --ranker"
+            ) from error
+        raise
 
 
 def _text(paper: "Paper") -> str:

@@ -30,7 +30,7 @@ from papertrial.papers.retrieval.xtr.method.scoring import (
     xtr_loss,
     xtr_score,
 )
-from papertrial.papers.retrieval.xtr.method.training import train_encoder, vectors_of
+from papertrial.papers.retrieval.xtr.method.training import mine_negatives, train_encoder, vectors_of
 
 __all__ = [
     "ColBERTRetriever",
@@ -42,6 +42,7 @@ __all__ = [
     "colbert_loss",
     "expected_rank",
     "maxsim",
+    "mine_negatives",
     "missing_similarities",
     "multiply_adds",
     "power_law",

@@ -1,7 +1,7 @@
 """All token vectors of a corpus, and the search for the nearest of them."""
 
-import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,6 +13,10 @@ from papertrial.lm.datastore import ApproximateSearch, ExactSearch, Neighbours
 
 EXACT_TOKENS = 2_000_000
 """Up to this many tokens brute force answers in a fraction of a second."""
+WIDTH_PER_BYTE = 4
+"""Numbers of a token vector that product quantisation keeps in one byte: its scores rank documents, none is corrected
+by the vectors themselves."""
+Kind = Literal["ivfpq", "ivf", "hnsw"]
 
 
 class TokenIndex:
@@ -26,6 +30,14 @@ class TokenIndex:
         (C + 1,) int64: document c owns tokens ``offsets[c]`` to ``offsets[c + 1] - 1``.
     document_of
         (N,) int64.
+
+    Parameters
+    ----------
+    kind
+        ``exact`` or an approximate search of ``papertrial.lm.datastore``; ``auto`` goes by size.
+    kept
+        Where an approximate search over these very vectors is kept: read from there if it is there, else built and
+        written there. The caller names the file after the vectors.
     """
 
     def __init__(
@@ -35,6 +47,7 @@ class TokenIndex:
         *,
         kind: Literal["auto", "exact", "ivfpq", "ivf", "hnsw"] = "auto",
         device: torch.device | str = "cpu",
+        kept: Path | None = None,
     ) -> None:
         offsets = np.asarray(offsets, dtype=np.int64)
         if vectors.ndim != 2 or len(vectors) == 0:
@@ -49,7 +62,7 @@ class TokenIndex:
         if kind == "exact":
             self._search = ExactSearch(vectors, metric="ip", device=device)
         else:
-            self._search = ApproximateSearch.build(vectors, kind=kind, metric="ip")
+            self._search = _approximate(vectors, kind, kept)
 
     @classmethod
     def build(
@@ -103,13 +116,6 @@ class TokenIndex:
         """Bytes of the vectors, or of the compressed index in their place."""
         return self._search.nbytes if isinstance(self._search, ApproximateSearch) else int(self.vectors.nbytes)
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of vectors and offsets."""
-        total = hashlib.sha256(self.offsets.tobytes())
-        total.update(np.ascontiguousarray(self.vectors).tobytes())
-        return total.hexdigest()
-
     def search(self, query: Tensor, k: int) -> Neighbours:
         """The k nearest tokens of the corpus for each query token (n, d), all tokens if there are fewer."""
         return self._search.search(query, min(k, self.tokens))
@@ -118,3 +124,20 @@ class TokenIndex:
         """Token vectors (S, d) float32 of a document."""
         rows = self.vectors[self.offsets[place] : self.offsets[place + 1]]
         return torch.from_numpy(np.asarray(rows, dtype=np.float32))
+
+
+def _approximate(vectors: NDArray[np.floating], kind: Kind, kept: Path | None) -> ApproximateSearch:
+    if kept is not None and kept.is_file():
+        try:
+            found = ApproximateSearch.load(kept, vectors)
+            if found.kind == kind:
+                return found
+        except ValueError:  # not written to the end, or damaged: built again
+            pass
+    width = vectors.shape[1]
+    built = ApproximateSearch.build(
+        vectors, kind=kind, metric="ip", bytes_per_key=width // WIDTH_PER_BYTE if width % WIDTH_PER_BYTE == 0 else None
+    )
+    if kept is not None:
+        built.save(kept)
+    return built

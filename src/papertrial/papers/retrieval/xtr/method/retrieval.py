@@ -123,13 +123,19 @@ class ColBERTRetriever:
         _check(k_prime, top)
         near = self.index.search(query, k_prime)
         candidates = self.index.document_of[near.indices[near.indices >= 0]].unique()
+        starts, ends = (torch.from_numpy(self.index.offsets)[candidates + step] for step in (0, 1))
+        lengths = ends - starts
+        # the candidates' tokens, one document after the other
+        rows = torch.arange(int(lengths.sum())) + (starts - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
+        gathered = torch.from_numpy(np.asarray(self.index.vectors[rows.numpy()], dtype=np.float32))
+        best = torch.segment_reduce(gathered @ query.float().cpu().T, "max", lengths=lengths, axis=0)  # (C, n)
+        scores = best.mean(1)
         hits = []
-        for document in candidates.tolist():
-            vectors = self.index.document(document)
-            best = (query.float().cpu() @ vectors.T).max(1)
-            start = int(self.index.offsets[document])
-            hits.append(Hit(document, float(best.values.mean()), tuple((best.indices + start).tolist())))
-        return sorted(hits, key=lambda hit: (-hit.score, hit.document))[:top]
+        for place in scores.argsort(descending=True, stable=True)[:top].tolist():
+            document = int(candidates[place])
+            matched = (query.float().cpu() @ self.index.document(document).T).argmax(1) + int(starts[place])
+            hits.append(Hit(document, float(scores[place]), tuple(matched.tolist())))
+        return hits
 
 
 def token_recall(near: Neighbours, document_of: Tensor, relevant: int, k: int) -> float:

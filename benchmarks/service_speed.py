@@ -427,10 +427,12 @@ def report(home: Path, arguments: argparse.Namespace) -> None:
     print("\nfirst load, bytes sent (unpacked):")
     for path, (sent, unpacked) in sizes.items():
         print(f"  {path:34} {sent:9,} ({unpacked:,})  goal {GOAL_BYTES:,}, {met(sent < GOAL_BYTES)}")
-    mixed = results["half feed, half papers"]
-    print(f"\nhalf feed, half papers: {mixed.rate:.0f}/s, goal {GOAL_RATE}, {met(mixed.rate >= GOAL_RATE)}; "
-          f"p99 {mixed.quantile(0.99):.1f} ms, goal {GOAL_MS:.0f} ms, {met(mixed.quantile(0.99) <= GOAL_MS)}; "
-          f"by processor time {1000 / mixed.processor_ms:.0f}/s a core")  # fmt: skip
+    print()
+    for name in ("feed pages", "paper pages, by Zipf", "half feed, half papers"):
+        found = results[name]
+        print(f"{name}: {found.rate:.0f}/s, goal {GOAL_RATE}, {met(found.rate >= GOAL_RATE)}; "
+              f"p99 {found.quantile(0.99):.1f} ms, goal {GOAL_MS:.0f} ms, {met(found.quantile(0.99) <= GOAL_MS)}; "
+              f"by processor time {1000 / found.processor_ms:.0f}/s a core")  # fmt: skip
     print(f"load after: {os.getloadavg()[0]:.1f}")
 
 

@@ -2,6 +2,9 @@
 
     python benchmarks/search_quality.py
 
+Beside them stands the ranker xtr: token retrieval with the sentence encoder's own tokens, and with those of the encoder
+trained here if there is one.
+
 Questions are in ``benchmarks/queries/*.tsv`` (slug, kind, query), each with one paper that is its answer; the corpus is
 the cards' titles and summaries. With ``--store`` the catalogue's papers join: abstracts take the place of summaries and
 papers out of scope are distractors. Weights are tuned on every second paper's questions and reported on the others'.
@@ -16,10 +19,13 @@ from pathlib import Path
 import numpy as np
 from machine import machine
 
+from papertrial import rankers
 from papertrial.feed.encoder import SentenceEncoder
 from papertrial.feed.lexical import LexicalIndex
 from papertrial.feed.search import LEXICAL_WEIGHT, Document, Filters, SearchIndex, encoded_text, fuse
 from papertrial.lab.claim import read_cards
+from papertrial.lm.encoders import load_minilm
+from papertrial.papers.retrieval.xtr.method import TokenEncoder, TokenIndex, XTRRetriever
 
 Scores = dict[int, float]
 GRID = [round(0.05 * step, 2) for step in range(21)]
@@ -103,6 +109,23 @@ def interval(difference: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def by_tokens(documents: list[Document], queries: list[str]) -> dict[str, list[Scores]]:
+    """Scores of ``--ranker xtr`` for the sentence encoder as it is, and for the one trained here if there is one."""
+    encoders = {"ranker xtr, untrained": TokenEncoder(load_minilm(), None, max_length=rankers.LONGEST)}
+    if (rankers.encoder_folder() / "xtr.json").is_file():
+        encoders[f"ranker xtr, trained in {rankers.encoder_folder()}"] = TokenEncoder.load(rankers.encoder_folder())
+    found = {}
+    for name, encoder in encoders.items():
+        texts = [encoded_text(document).lower() for document in documents]
+        retriever = XTRRetriever(TokenIndex.build(encoder.encode(texts), dtype="float16"))
+        k_prime = rankers.TOKENS_RETRIEVED
+        found[name] = [
+            {documents[hit.document].key: hit.score for hit in retriever.search(query, k_prime=k_prime, top=100)}
+            for query in encoder.encode([query.lower() for query in queries])
+        ]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", action="store_true", help="add the catalogue's abstracts and other papers")
@@ -159,6 +182,7 @@ def main() -> None:
     k, rrf = tuned(reciprocal_rank_fusion, [1, 2, 5, 10, 20, 60])
     weight, mix = tuned(fuse, GRID)
     stretch, stretch_ranks = tuned(stretch_mix, GRID)
+    shipped_name = f"as shipped: search(), words {LEXICAL_WEIGHT}"
     rows = {
         "BM25 alone": ranks(words),
         "MiniLM alone, fp32": ranks(meaning["fp32"]),
@@ -168,7 +192,8 @@ def main() -> None:
         "mixed scores, words 0.5": mixed(fuse, 0.5),
         f"mixed scores, words {weight} (tuned)": mix,
         f"mixed scores, cosine stretched, words {stretch} (tuned)": stretch_ranks,
-        f"as shipped: search(), words {LEXICAL_WEIGHT}": ranks(shipped),
+        shipped_name: ranks(shipped),
+        **{name: ranks(scores) for name, scores in by_tokens(documents, queries).items()},
     }
     shown = sorted(set(kinds.tolist()))
     print("\nMRR@10 over the questions that nothing was tuned on, by kind, and nDCG@10; last column: tuning half")
@@ -180,12 +205,17 @@ def main() -> None:
         print(f"{name:58}{share[~tuning].mean():7.3f}{parts}{ndcg:8.3f}{share[tuning].mean():9.3f}")
 
     print("\ndifferences in MRR@10 over the same questions, 95 % bootstrap interval")
-    last = list(rows)[-1]
     for one, other in (
-        (last, "BM25 alone"),
-        (last, "MiniLM alone, int8"),
-        (last, "reciprocal ranks, k = 60"),
+        (shipped_name, "BM25 alone"),
+        (shipped_name, "MiniLM alone, int8"),
+        (shipped_name, "reciprocal ranks, k = 60"),
         ("MiniLM alone, int8", "MiniLM alone, fp32"),
+        *(
+            (name, other)
+            for name in rows
+            if name.startswith("ranker")
+            for other in ("MiniLM alone, fp32", shipped_name)
+        ),
     ):
         difference = reciprocal(rows[one]) - reciprocal(rows[other])
         held, (low, high) = difference[~tuning], interval(difference[~tuning])

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from fastapi.testclient import TestClient
 
 from papertrial.feed import people_schema as tables
 from papertrial.feed.records import Record, paper_key
-from papertrial.feed.store import utc_now
+from papertrial.feed.store import Store, utc_now
+from papertrial.site.errors import Problem
 from papertrial.site.people import accounts, bounds, comments, pulse, submissions, votes
 from papertrial.site.people.pulse import pulses
 from site_service import TODAY, Site, links_in
@@ -78,6 +80,128 @@ def test_links_are_limited_by_address(site: Site) -> None:
     assert refused.status_code == 429
     assert refused.json()["field"] == "email"
     assert site.client.post("/api/sign-in", json={"email": "b@example.org"}).status_code == 202
+
+
+def test_a_client_causes_few_letters_in_an_hour_whomever_they_go_to(site: Site, home: Path) -> None:
+    """One stranger fills no mailboxes, and does not use up what the others may send."""
+    quota = site.context.settings.letter_quota
+    asked = [site.client.post("/api/sign-in", json={"email": f"x{i}@example.org"}) for i in range(quota)]
+    assert {answer.status_code for answer in asked} == {202}
+    refused = site.client.post("/api/sign-in", json={"email": "y@example.org"})
+    assert refused.status_code == 429
+    assert "network" in refused.json()["error"]
+    assert 0 < int(refused.headers["Retry-After"]) <= 3601
+    form = site.client.post("/subscriptions", data={"email": "z@example.org"})
+    assert form.status_code == 429
+    assert len(list((home / "outbox").glob("*.eml"))) == quota
+    elsewhere = TestClient(site.client.app, client=("203.0.113.7", 4000))
+    assert elsewhere.post("/api/sign-in", json={"email": "y@example.org"}).status_code == 202
+    assert elsewhere.post("/subscriptions", data={"email": "z@example.org"}).status_code == 200
+
+
+def test_letters_are_counted_in_the_database_by_the_clocks_hour(database: str, home: Path) -> None:
+    """All workers count together; the next hour begins anew, and forgets who asked."""
+    start = utc_now().replace(minute=10)
+    with Store.open(database) as one, Store.open(database) as other:
+        for i in range(6):
+            with (one, other)[i % 2].writing() as connection:
+                bounds.count_letter(connection, "192.0.2.1", 6, start)
+        with pytest.raises(Problem) as refused, one.writing() as connection:
+            bounds.count_letter(connection, "192.0.2.1", 6, start)
+        assert refused.value.headers["Retry-After"] == str(50 * 60 - start.second + (start.microsecond == 0))
+        with one.writing() as connection:
+            bounds.count_letter(connection, "192.0.2.2", 6, start)
+        with one.writing() as connection:
+            bounds.count_letter(connection, "192.0.2.1", 6, start + timedelta(hours=1))
+            assert len(connection.execute(sa.select(tables.letter_counts)).all()) == 1
+
+
+def test_letters_asked_for_at_once_do_not_pass_the_limit(database: str, home: Path) -> None:
+    now = utc_now()
+
+    def ask(_: int) -> bool:
+        try:
+            with store.writing() as connection:
+                bounds.count_letter(connection, "192.0.2.1", 10, now)
+        except Problem:
+            return False
+        return True
+
+    with Store.open(database) as store, ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(ask, range(40))) == 10
+
+
+def test_who_asks_for_many_links_locks_nobody_out(make_site: Callable[..., Site], home: Path) -> None:
+    """The last letter before the limit holds until more letters are sent, and the page says so."""
+    site = make_site(letter_quota=0, link_minutes=1)
+    store = site.context.store
+    for _ in range(accounts.LINKS_PER_ADDRESS):
+        assert site.client.post("/sign-in", data={"email": "victim@example.org"}).status_code == 200
+    page = site.client.post("/sign-in", data={"email": "victim@example.org"})
+    assert page.status_code == 429
+    assert "the link in the newest of them signs in until" in page.text
+    newest = sorted((home / "outbox").glob("*.eml"))[-1].read_text()
+    assert "within 60 minutes" in newest
+    with store.writing() as connection:  # half an hour later
+        links = tables.sign_in_links
+        for row in connection.execute(sa.select(links)).all():
+            earlier = {"created": row.created - timedelta(minutes=30), "expires": row.expires - timedelta(minutes=30)}
+            connection.execute(links.update().where(links.c.token_hash == row.token_hash).values(**earlier))
+    assert site.client.post("/api/sign-in", json={"email": "victim@example.org"}).status_code == 429
+    (link,) = re.findall(r"/sign-in/([\w-]+)", newest)
+    assert accounts.sign_in(store, link, days=1).reader.email == "victim@example.org"
+    # The letter was wanted: it counts no longer, and there is always one more way in.
+    assert site.client.post("/api/sign-in", json={"email": "victim@example.org"}).status_code == 202
+    assert "within 60 minutes" in sorted((home / "outbox").glob("*.eml"))[-1].read_text()
+
+
+def test_accounts_can_sign_in_when_strangers_used_up_the_letters_of_the_hour(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site(letter_quota=0)
+    site.sign_in("ada@example.org")
+    monkeypatch.setattr(accounts, "LINKS_PER_HOUR", 3)
+    for i in range(2):
+        assert site.client.post("/api/sign-in", json={"email": f"s{i}@example.org"}).status_code == 202
+    assert site.client.post("/api/sign-in", json={"email": "s9@example.org"}).status_code == 429
+    assert site.client.post("/api/sign-in", json={"email": "ada@example.org"}).status_code == 202
+
+
+def test_a_reader_asks_for_digests_whatever_others_asked_for_the_address(site: Site) -> None:
+    reader = site.sign_in("ada@example.org")
+    for i in range(6):
+        site.client.post("/subscriptions", data={"email": "ada@example.org", "kind": "search", "value": f"word{i}"})
+    asked = site.client.post("/subscriptions", data={"email": "ada@example.org", "kind": "search", "value": "wordy"})
+    assert asked.status_code == 429
+    mine = reader.client.post("/api/subscriptions", json={"kind": "search", "value": "what I want"})
+    assert mine.status_code == 202
+
+
+def test_readers_are_signed_in_behind_a_proxy_that_asks_for_a_password(site: Site) -> None:
+    """HTTP Basic is the proxy's; only a bearer token is ours."""
+    reader = site.sign_in("ada@example.org")
+    basic = {"Authorization": "Basic dTpw"}
+    assert reader.client.get("/api/me", headers=basic).json()["name"] == reader.reader.name
+    page = reader.client.get("/profile", headers=basic)
+    assert page.status_code == 200
+    (csrf,) = set(re.findall(r'name="csrf" value="([^"]+)"', page.text))
+    del reader.client.headers["X-CSRF-Token"]
+    saved = reader.client.post("/profile", headers=basic, data={"csrf": csrf, "name": "ada-l", "full_name": "Ada"})
+    assert saved.status_code == 200
+    assert "ada-l" in saved.text
+    forged = {"Authorization": "Bearer pt_forged"}
+    assert reader.client.get("/api/me", headers=forged).status_code == 401
+    assert reader.client.post("/profile", headers=basic, data={"name": "eve", "full_name": ""}).status_code == 403
+
+
+def test_a_collections_address_leads_to_its_page(site: Site) -> None:
+    reader = site.sign_in()
+    made = reader.client.post("/api/collections", json={"title": "Worth reading", "public": True}).json()
+    read = reader.client.get(f"/api/collections/{made['owner']}/{made['slug']}").json()
+    assert read["url"] == made["url"]
+    answer = site.client.get(made["url"])
+    assert answer.status_code == 200
+    assert "Worth reading" in answer.text
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,32 @@ from site_service import Site
 
 PAPER = "2601.00003"
 
+# -- HEAD ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/health", "/papers/2601.00003", "/verdicts", "/feeds/papers.rss", "/api/daily_papers", "/static/style.css"],
+)
+def test_head_is_answered_as_get_without_a_body(site: Site, path: str) -> None:
+    got, asked = site.client.get(path), site.client.head(path)
+    assert asked.status_code == got.status_code == 200
+    assert asked.content == b""
+    assert got.content != b""
+    own = {"x-request-id", "ratelimit", "date"}
+    assert {k: v for k, v in asked.headers.items() if k not in own} == {
+        k: v for k, v in got.headers.items() if k not in own
+    }
+
+
+def test_head_says_what_is_not_there_and_does_nothing_that_get_does_not(site: Site) -> None:
+    assert site.client.head("/nowhere").status_code == 404
+    assert site.client.head("/nowhere").content == b""
+    assert site.client.head("/api/votes").status_code in (404, 405)
+    assert site.client.head("/sign-out").status_code == 405
+    assert site.client.head("/x" * 5000).content == b""
+
+
 # -- scripts ----------------------------------------------------------------------------------------------------------
 
 HOSTILE = [
@@ -165,7 +191,7 @@ def test_reading_changes_nothing(site: Site) -> None:
 
     def dump() -> str:
         with site.context.store.reading() as connection:
-            skipped = ("leases", "pulse", "ingest_runs")
+            skipped = ("leases", "pulse", "ingest_runs", "evidence_seen")  # background work
             found = [t for t in tables.metadata.sorted_tables if t.name not in skipped]
             return repr([(t.name, connection.execute(sa.select(t).order_by(*t.primary_key)).all()) for t in found])
 

@@ -91,3 +91,12 @@ feed_keys = Table(
     Column("user_id", RowId, ForeignKey("users.id", ondelete="CASCADE"), primary_key=True, autoincrement=False),
     Column("nonce", String(32), nullable=False),
 )
+
+#: When this service first had some evidence: an upgrade brings evidence that was recorded long before.
+evidence_seen = Table(
+    "evidence_seen",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("slug", String(80), nullable=False),
+    Column("first_seen", DateTime, nullable=False),
+)

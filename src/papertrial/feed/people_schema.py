@@ -67,6 +67,15 @@ sign_in_links = Table(
     Index("ix_sign_in_links_created", "created"),
 )
 
+#: Letters that a client's network caused in an hour; kept until that hour is past.
+letter_counts = Table(
+    "letter_counts",
+    metadata,
+    Column("network", String(64), primary_key=True),
+    Column("hour", DateTime, primary_key=True),
+    Column("letters", Integer, nullable=False),
+)
+
 api_tokens = Table(
     "api_tokens",
     metadata,

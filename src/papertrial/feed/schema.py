@@ -17,7 +17,7 @@ from sqlalchemy import (
 )
 
 #: The revision that the code expects the database to be at: the newest file in `migrations/versions`.
-HEAD = "0004"
+HEAD = "0005"
 
 metadata = MetaData()
 

@@ -1,9 +1,10 @@
 """Backup and restore: everything that cannot be made again, in one file, from SQLite or PostgreSQL into either.
 
 The file is a ZIP archive: ``manifest.json`` (schema, rows of every table, digest of every table and file),
-``tables/<name>.jsonl`` (a row a line), ``keys/`` and ``evidence/`` (the user's own runs) of the home folder. All tables
-are read in one transaction, so the service may go on while a backup is made. What is derived (the search index, figures)
-is left out, and so are the leases, which say what a running service is doing. Stop the service before a restore.
+``tables/<name>.jsonl`` (a row a line), ``keys/`` and ``evidence/`` (the user's own runs) of the home folder. All
+tables are read in one transaction, so the service may go on while a backup is made. What is derived (search index,
+figures) is left out, and so is what a running service is doing (leases, letters counted). Stop the service before a
+restore.
 
 A restore reads and checks the whole archive, and writes its files beside the places they are for, before it touches the
 database; the files take their places when the database has taken the rows.
@@ -40,7 +41,7 @@ _PIECE = 1 << 20
 _ROWS = 500
 _FOLDERS = ("keys", "evidence")
 _MANIFEST = "manifest.json"
-_LEFT_OUT = frozenset(("leases",))
+_LEFT_OUT = frozenset(("leases", "letter_counts"))
 _LONGEST_LINE = 64_000_000
 
 

@@ -24,7 +24,7 @@ from papertrial.site import keys
 from papertrial.site.board import Board
 from papertrial.site.caching import Cache
 from papertrial.site.errors import Problem
-from papertrial.site.limits import Limiter, credential_of
+from papertrial.site.limits import Limiter, credential_of, is_bearer
 from papertrial.site.mail import Mailer, mailer_of
 from papertrial.site.page_cache import PageCache
 from papertrial.site.people.accounts import Reader, reader_of_session, reader_of_token
@@ -145,7 +145,7 @@ def _look_up(request: Request) -> Reader | None:
     credential = credential_of(request.headers, here.settings.cookie_name)
     if credential is None:
         return None
-    bearer = "authorization" in request.headers
+    bearer = is_bearer(request.headers)
     if bearer and not credential.startswith("pt_"):
         return None  # a client's token for another service: reading is open to everybody
     hashed = keys.token_hash(credential)
@@ -209,7 +209,7 @@ def csrf_token(request: Request) -> str:
     """
     here = context(request)
     session = credential_of(request.headers, here.settings.cookie_name)
-    if session is None or "authorization" in request.headers:
+    if session is None or is_bearer(request.headers):
         return ""
     mask = keys.new_token()[:16]
     return mask + keys.seal(here.key, "csrf", mask + keys.token_hash(session))

@@ -74,7 +74,7 @@ class Limiter:
         window = int(now // WINDOW_SECONDS)
         if window != self._window or len(self._counts) > _MOST_CLIENTS:
             self._window, self._counts = window, {}
-        client = f"user {user}" if user is not None else _network(scope)
+        client = f"user {user}" if user is not None else network_of(scope)
         used = self._counts[bucket, client] = self._counts.get((bucket, client), 0) + 1
         left, reset = max(0, most - used), int((window + 1) * WINDOW_SECONDS - now) + 1
         shown = {
@@ -93,11 +93,15 @@ class Limiter:
         return self._readers.get(token_hash(credential)) if credential else None
 
 
+def is_bearer(headers: Headers) -> bool:
+    """Whether a request carries a bearer token. Other ``Authorization`` is for a proxy in front (HTTP Basic)."""
+    return headers.get("authorization", "")[:7].lower() == "bearer "
+
+
 def credential_of(headers: Headers, cookie_name: str) -> str | None:
     """The bearer token of a request, else the session in its cookie."""
-    authorization = headers.get("authorization", "")
-    if authorization[:7].lower() == "bearer ":
-        return authorization[7:].strip()[:500] or None
+    if is_bearer(headers):
+        return headers["authorization"][7:].strip()[:500] or None
     for part in headers.get("cookie", "").split(";"):
         name, _, value = part.strip().partition("=")
         if name == cookie_name:
@@ -105,7 +109,7 @@ def credential_of(headers: Headers, cookie_name: str) -> str | None:
     return None
 
 
-def _network(scope: Scope) -> str:
+def network_of(scope: Scope) -> str:
     """The client's address; of IPv6 the /64, which is what one subscriber gets."""
     client = scope.get("client")
     host = client[0] if client else ""

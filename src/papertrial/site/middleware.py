@@ -62,7 +62,9 @@ class Envelope:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        headers = Headers(scope=scope)
+        method, headers = scope["method"], Headers(scope=scope)
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}  # answered by the same routes, without a body
         request_id = _request_id(headers)
         scope.setdefault("state", {})["request_id"] = request_id
         quota = self.limiter.count(scope, headers)
@@ -78,6 +80,8 @@ class Envelope:
                     found.setdefault(name, value)
                 found.setdefault("Cache-Control", "private, no-cache")
                 found.add_vary_header("Cookie")
+            elif method == "HEAD" and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
         refusal = _refusal(scope, headers) or (None if quota.allowed else (429, quota.message))
@@ -97,7 +101,7 @@ class Envelope:
             await response(scope, receive, send_with_headers)
         finally:
             took = (time.perf_counter() - started) * 1000
-            log.info("%s %s %d %.1f ms %s", scope["method"], loggable(scope["path"]), status, took, request_id)
+            log.info("%s %s %d %.1f ms %s", method, loggable(scope["path"]), status, took, request_id)
 
 
 def _request_id(headers: Headers) -> str:

@@ -124,8 +124,11 @@ def _port_problem(error: OSError, host: str, port: int) -> str:
     return f"cannot listen at {host} port {port}: {error.strerror or error}"
 
 
-def _options() -> dict[str, Any]:
+def _options(settings: Settings) -> dict[str, Any]:
     return {
+        # An empty list: nobody in front is believed, and the client is whoever opened the connection.
+        "proxy_headers": bool(settings.trusted_proxies),
+        "forwarded_allow_ips": list(settings.trusted_proxies),
         "access_log": False,
         "log_config": None,
         "server_header": False,
@@ -139,7 +142,7 @@ def _serve_alone(settings: Settings, sockets: list[socket.socket]) -> None:
     import uvicorn
 
     _share_the_processor()
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), **_options()))
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), **_options(settings)))
     gc.freeze()
     gc.enable()
     _greet(settings)
@@ -156,7 +159,7 @@ def _serve_with_workers(settings: Settings, host: str, port: int, workers: int) 
     gc.enable()
     _greet(settings)
     application = "papertrial.site.serve:worker_app"
-    uvicorn.run(application, factory=True, host=host, port=port, workers=workers, **_options())
+    uvicorn.run(application, factory=True, host=host, port=port, workers=workers, **_options(settings))
 
 
 def _greet(settings: Settings) -> None:

@@ -1,5 +1,6 @@
 """Everything that can be set about the service, in one place: from the command line or ``PAPERTRIAL_*`` variables."""
 
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -22,6 +23,21 @@ def _split(value: Any) -> Any:
 Category = Annotated[str, Field(pattern=r"^[a-z]+(-[a-z]+)*(\.[A-Za-z]{2}(-[a-z]+)*)?$", max_length=40)]
 Categories = Annotated[tuple[Category, ...], BeforeValidator(_split), Field(max_length=20)]
 
+def _as_addresses(value: Any) -> Any:
+    """Addresses and networks of proxies, or ``*``."""
+    parts = _split(value)
+    if parts in (["*"], ("*",)):
+        return parts
+    for part in parts if isinstance(parts, list | tuple) else ():
+        try:
+            ipaddress.ip_network(part)
+        except ValueError:
+            raise ValueError(f"{str(part)[:60]!r} is not an address such as 10.0.0.7 or 10.0.0.0/8") from None
+    return parts
+
+
+Proxies = Annotated[tuple[str, ...], BeforeValidator(_as_addresses), Field(max_length=100)]
+
 #: Seconds of the window that request quotas are counted in.
 WINDOW_SECONDS = 300
 
@@ -41,12 +57,16 @@ class Settings(BaseModel):
     api_quota_signed_in: Quota = 5000
     page_quota: Quota = 1500
     page_quota_signed_in: Quota = 5000
+    letter_quota: Quota = Field(10, description="letters an hour that one client may cause; 0 is no limit")
     session_days: int = Field(30, ge=1, le=365)
     link_minutes: int = Field(20, ge=1, le=1440, description="how long a sign-in link is good")
     ingest: bool = Field(False, description="fetch new papers in the background")
     categories: Categories = Field(("cs.CL", "cs.LG"), description="arXiv categories that are fetched, comma-separated")
     smoke_runs: bool = Field(True, description="whether account holders may start smoke runs over MCP")
     fetch: bool = Field(True, description="whether the service may go to the network at all (submissions)")
+    trusted_proxies: Proxies = Field(
+        ("127.0.0.1", "::1"), description="addresses of proxies in front, comma-separated: who says who the client is"
+    )
     smtp_url: str | None = Field(None, description="smtp://[user:password@]host[:port], smtps:// or smtp+starttls://")
     mail_from: str | None = Field(None, description="sender of letters")
     encoder: bool = Field(True, description="search by meaning as well as by words")

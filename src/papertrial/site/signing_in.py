@@ -9,8 +9,13 @@ from papertrial.site.mail import Letter
 from papertrial.site.people import accounts
 
 
-def send_link(here: Context, email: str) -> None:
+def send_link(here: Context, email: str, network: str) -> None:
     """Send a sign-in link to an address. The answer is the same whether or not it has an account.
+
+    Parameters
+    ----------
+    network
+        Who asks, as `papertrial.site.limits.network_of` names it.
 
     Raises
     ------
@@ -21,11 +26,13 @@ def send_link(here: Context, email: str) -> None:
     """
     settings = here.settings
     email = accounts.checked_email(email)
-    token = accounts.make_sign_in_link(here.store, email, minutes=settings.link_minutes)
-    link = settings.url(f"/sign-in/{token}")
+    made = accounts.ask_for_link(
+        here.store, email, minutes=settings.link_minutes, network=network, letters=settings.letter_quota
+    )
+    link = settings.url(f"/sign-in/{made.token}")
     text = (
         f"Open this address to sign in to {settings.title}:\n\n{link}\n\n"
-        f"It works once, within {settings.link_minutes} minutes. If you did not ask for it, do nothing: "
+        f"It works once, within {made.minutes} minutes. If you did not ask for it, do nothing: "
         "nobody can sign in without this letter.\n"
     )
     here.mailer.send(Letter(email, f"Sign in to {settings.title}", text))

@@ -10,7 +10,7 @@ from papertrial.site import signing_in
 from papertrial.site.context import Admin, Here, SignedIn, Writer, check_origin, csrf_token
 from papertrial.site.errors import Problem
 from papertrial.site.fields import Line, RowNumber
-from papertrial.site.limits import credential_of
+from papertrial.site.limits import credential_of, network_of
 from papertrial.site.people import accounts, tokens
 from papertrial.site.people.accounts import Reader
 from papertrial.site.signing_in import iso
@@ -59,7 +59,7 @@ def account(reader: Reader) -> dict[str, Any]:
 def ask_for_link(request: Request, body: SignIn, here: Here) -> dict[str, Any]:
     """Send a sign-in link by e-mail."""
     check_origin(request)
-    signing_in.send_link(here, body.email)
+    signing_in.send_link(here, body.email, network_of(request.scope))
     return {"sent": True}
 
 

@@ -133,5 +133,5 @@ def _collection(collection: Collection, here: Context) -> dict[str, Any]:
         "size": collection.size,
         "created": iso(collection.created),
         "updated": iso(collection.updated),
-        "url": here.settings.url(f"/collections/{collection.owner}/{collection.slug}"),
+        "url": here.settings.url(f"/people/{collection.owner}/{collection.slug}"),
     }

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import Field, StringConstraints
 from starlette.responses import Response
 
@@ -11,6 +11,7 @@ from papertrial.site.context import Context, Here, SignedIn, Writer
 from papertrial.site.delivery import asking, subscriptions
 from papertrial.site.delivery.subscriptions import Subscription
 from papertrial.site.fields import RowNumber
+from papertrial.site.limits import network_of
 from papertrial.site.people import tags
 from papertrial.site.signing_in import iso
 from papertrial.site.syndication import addresses
@@ -43,10 +44,11 @@ def list_subscriptions(here: Here, reader: SignedIn) -> list[dict[str, Any]]:
 
 
 @router.post("/api/subscriptions", status_code=202)
-def subscribe(body: NewSubscription, here: Here, reader: Writer) -> dict[str, Any]:
+def subscribe(request: Request, body: NewSubscription, here: Here, reader: Writer) -> dict[str, Any]:
     """Ask for a digest; a letter with a link to confirm it is sent."""
     watch = subscriptions.checked_watch(body.kind, body.value, body.family)
-    asking.subscribe(here, reader.email, watch, body.cadence, body.timezone, body.hour, reader)
+    network = network_of(request.scope)
+    asking.subscribe(here, reader.email, watch, body.cadence, body.timezone, body.hour, reader, network)
     mine = subscriptions.subscriptions_of(here.store, reader)
     return _subscription(next(found for found in mine if found.watch == watch and found.email == reader.email))
 

@@ -9,9 +9,21 @@ from papertrial.site.people.accounts import Reader
 
 
 def subscribe(
-    here: Context, email: str, watch: Watch, cadence: Cadence, timezone: str, hour: int, reader: Reader | None
+    here: Context,
+    email: str,
+    watch: Watch,
+    cadence: Cadence,
+    timezone: str,
+    hour: int,
+    reader: Reader | None,
+    network: str,
 ) -> None:
     """Ask for a digest, and send the letter that confirms it.
+
+    Parameters
+    ----------
+    network
+        Who asks, as `papertrial.site.limits.network_of` names it.
 
     Raises
     ------
@@ -20,7 +32,9 @@ def subscribe(
     PapertrialError
         The letter cannot be sent; the address is not kept then.
     """
-    asked = subscriptions.ask(here.store, email, watch, cadence, timezone=timezone, hour=hour, reader=reader)
+    when = {"timezone": timezone, "hour": hour}
+    quota = {"network": network, "letters": here.settings.letter_quota}
+    asked = subscriptions.ask(here.store, email, watch, cadence, reader=reader, **when, **quota)  # type: ignore[arg-type]
     if asked is None:
         return
     subscription, token = asked

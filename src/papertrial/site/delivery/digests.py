@@ -18,7 +18,7 @@ from papertrial.site import upkeep
 from papertrial.site.address import with_known_address
 from papertrial.site.board import Entry
 from papertrial.site.context import Context
-from papertrial.site.delivery import queue, subscriptions
+from papertrial.site.delivery import news, queue, subscriptions
 from papertrial.site.delivery.queue import Digest
 from papertrial.site.delivery.smtp import LetterRefused, LetterUnclear
 from papertrial.site.delivery.subscriptions import Subscription
@@ -66,18 +66,8 @@ def content_of(here: Context, digest: Digest, recommender: Recommender | None = 
     )
     verdicts = []
     if watch.kind == "feed":
-        chosen = [entry for entry in here.board.snapshot if watch.family in ("", entry.card.family)]
-        verdicts = [entry for entry in chosen if digest.starts < (_recorded(entry) or digest.starts) <= digest.ends]
+        verdicts = news.new_verdicts(here.store, here.board.snapshot, digest.starts, digest.ends, watch.family)
     return Content(picks, verdicts)
-
-
-def _recorded(entry: Entry) -> datetime | None:
-    """When the evidence of a paper's verdict was recorded: UTC, no zone."""
-    evidence = list(entry.evidence.values())
-    if not evidence or entry.headline is None:
-        return None
-    moment = evidence[-1].recorded
-    return (moment.astimezone(UTC) if moment.tzinfo else moment).replace(tzinfo=None)
 
 
 # -- letters ----------------------------------------------------------------------------------------------------------
@@ -178,6 +168,7 @@ def send_due(here: Context, *, now: Callable[[], datetime] = utc_now, most: int 
     store, holder = here.store, f"{os.getpid()}-{secrets.token_hex(8)}"
     queue.tidy(store, now())
     subscriptions.tidy(store)
+    news.note_evidence(store, here.board.snapshot, now)
     queued = queue.enqueue_due(store, now())
     recommender = Recommender(store)  # knows every paper of a period that has ended, unlike one made earlier
     counts = {"sent": 0, "empty": 0, "failed": 0}

@@ -17,6 +17,7 @@ from papertrial.site.delivery import asking, subscriptions
 from papertrial.site.delivery.subscriptions import Subscription, Watch
 from papertrial.site.errors import Problem
 from papertrial.site.fields import RowNumber
+from papertrial.site.limits import network_of
 from papertrial.site.pages.serving import local, see_other
 from papertrial.site.people import tags
 from papertrial.site.people.accounts import Reader
@@ -99,7 +100,7 @@ def subscribe(
     given |= {"cadence": cadence, "timezone": timezone, "hour": hour}
     try:
         watch = subscriptions.checked_watch(kind, value, family)
-        asking.subscribe(here, email, watch, cadence, timezone, hour, reader)  # type: ignore[arg-type]
+        asking.subscribe(here, email, watch, cadence, timezone, hour, reader, network_of(request.scope))  # type: ignore[arg-type]
     except Problem as problem:
         if problem.field is None:
             raise

@@ -22,6 +22,7 @@ from sqlalchemy.exc import IntegrityError
 from papertrial.feed import people_schema
 from papertrial.feed.delivery_schema import digests, subscriptions
 from papertrial.feed.store import Store
+from papertrial.feed.writing import lock_counters
 from papertrial.site.delivery.periods import end_after, period_ending
 from papertrial.site.delivery.subscriptions import Subscription, read_row
 
@@ -54,10 +55,19 @@ def enqueue_due(store: Store, now: datetime) -> int:
     """Put every digest that is due into the queue, each once; how many were put there.
 
     After a pause (the service was down) a subscription gets one digest of all that came since, not one a day.
+
+    A paper carries the moment at which its batch began, and can be seen when that batch is stored. Batches hold the
+    counters, so who has held them after a span ended knows that every paper of the span is there to be found.
     """
     added = 0
+    table = subscriptions
+    waiting = sa.select(table.c.id).where(table.c.state == "active", table.c.next_due <= now).limit(1)
+    with store.reading() as connection:
+        if connection.execute(waiting).first() is None:
+            return 0  # most of the time: nobody who writes papers is kept waiting for that
     while True:
         with store.writing() as connection:
+            lock_counters(connection)
             rows = _due(connection, now)
             added += sum(_enqueue(connection, row, now) for row in rows)
         if len(rows) < _BATCH:

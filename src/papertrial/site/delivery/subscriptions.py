@@ -30,7 +30,8 @@ KINDS: tuple[Kind, ...] = ("feed", "tag", "topic", "search")
 CADENCES: tuple[Cadence, ...] = ("daily", "weekly")
 
 CONFIRM_DAYS = 3
-#: Letters that ask for confirmation: to one address in a day, and in all in an hour.
+#: Letters that ask for confirmation: to one address in a day, and to all in an hour; readers who are signed in and ask
+#: for their own address are not bound by what others asked for.
 LETTERS_PER_ADDRESS = 5
 LETTERS_PER_HOUR = 500
 #: How long the letter for one digest is not sent again: nobody can fill another person's mailbox with it.
@@ -142,11 +143,18 @@ def ask(
     timezone: str = "UTC",
     hour: int = 7,
     reader: Reader | None = None,
+    network: str = "",
+    letters: int = 0,
 ) -> tuple[Subscription, str] | None:
     """Ask for a digest; the pending subscription and the token for the letter that confirms it.
 
     None where no letter is due: the address has this digest already (its own reader changes when it comes), or the
     letter was sent a short while ago. What strangers are told must not depend on which it was.
+
+    Parameters
+    ----------
+    network, letters
+        From where it was asked for, and how many letters an hour may be asked for from there (0: any number).
 
     Raises
     ------
@@ -178,7 +186,10 @@ def ask(
             return None
         if held is not None and held["letter_sent"] > now - timedelta(hours=LETTER_HOURS):
             return None
-        _check_letters(connection, email, now)
+        own = reader is not None and reader.email == email
+        _check_letters(connection, email, now, own)
+        if not own:
+            bounds.count_letter(connection, network, letters, now)
         chosen |= {
             "state": "pending",
             "confirm_hash": keys.token_hash(token),
@@ -213,12 +224,14 @@ def _owner(connection: sa.Connection, watch: Watch, reader: Reader | None, email
     return reader.id
 
 
-def _check_letters(connection: sa.Connection, email: str, now: datetime) -> None:
+def _check_letters(connection: sa.Connection, email: str, now: datetime, own: bool) -> None:
     table = subscriptions
     count = sa.select(sa.func.count())
     mine = count.where(table.c.email == email)
     if connection.execute(mine).scalar_one() >= SUBSCRIPTIONS_PER_ADDRESS:
         raise Problem(409, f"at most {SUBSCRIPTIONS_PER_ADDRESS} digests an address; end some first", field="email")
+    if own:
+        return
     today = connection.execute(mine.where(table.c.letter_sent > now - timedelta(days=1))).scalar_one()
     hour = connection.execute(count.where(table.c.letter_sent > now - timedelta(hours=1))).scalar_one()
     if today >= LETTERS_PER_ADDRESS or hour >= LETTERS_PER_HOUR:

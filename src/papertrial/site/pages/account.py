@@ -9,7 +9,7 @@ from papertrial.site import signing_in
 from papertrial.site.context import Context, Here, MaybeReader, SignedIn, Writer, check_origin
 from papertrial.site.errors import Problem
 from papertrial.site.fields import RowNumber
-from papertrial.site.limits import credential_of
+from papertrial.site.limits import credential_of, network_of
 from papertrial.site.pages.serving import local, see_other
 from papertrial.site.people import accounts, submissions, tokens
 from papertrial.site.people.accounts import Reader
@@ -41,7 +41,7 @@ def ask_for_link(
     """Send a link, and say so; what cannot be an address comes back with the reason."""
     check_origin(request)
     try:
-        signing_in.send_link(here, email)
+        signing_in.send_link(here, email, network_of(request.scope))
     except Problem as problem:
         if problem.field != "email":
             raise

@@ -13,13 +13,14 @@ from papertrial.feed import people_schema as tables
 from papertrial.feed.store import Store, utc_now
 from papertrial.site.errors import Problem
 from papertrial.site.keys import new_token, token_hash
-from papertrial.site.people import pulse
+from papertrial.site.people import bounds, pulse
 
 Role = Literal["reader", "admin", "blocked"]
 
-#: Links that one address may ask for in an hour, and that the whole service sends in an hour.
+#: Links in an hour that one address gets and does not use, and that the whole service sends to strangers.
 LINKS_PER_ADDRESS = 5
 LINKS_PER_HOUR = 500
+_HOUR = timedelta(hours=1)
 MAX_SESSIONS = 20
 
 _ADDRESS = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)*[A-Za-z0-9-]{1,63}")
@@ -53,6 +54,14 @@ class SignedInBy:
     reader: Reader
     session: str
     new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SignInLink:
+    """The token of a link, and for how many minutes it is good."""
+
+    token: str
+    minutes: int
 
 
 def checked_email(text: str) -> str:
@@ -130,25 +139,78 @@ def _reader(row: Any, **more: Any) -> Reader:
 
 
 def make_sign_in_link(store: Store, email: str, *, minutes: int, unlimited: bool = False) -> str:
-    """A token that signs `email` in once.
+    """A token that signs `email` in once, for whoever has the machine; see `ask_for_link`.
 
     Raises
     ------
     Problem
         429 where too many links were asked for.
     """
-    email, now, links = checked_email(email), utc_now(), tables.sign_in_links
-    hour = now - timedelta(hours=1)
-    token = new_token()
+    email, now = checked_email(email), utc_now()
     with store.writing() as connection:
-        connection.execute(links.delete().where(links.c.created < now - timedelta(days=2)))
-        count = sa.select(sa.func.count()).where(links.c.created > hour)
-        mine = connection.execute(count.where(links.c.email == email)).scalar_one()
-        if not unlimited and (mine >= LINKS_PER_ADDRESS or connection.execute(count).scalar_one() >= LINKS_PER_HOUR):
-            raise Problem(429, "too many sign-in links were asked for; try again in an hour", field="email")
-        values = {"email": email, "created": now, "expires": now + timedelta(minutes=minutes)}
-        connection.execute(links.insert().values(token_hash=token_hash(token), **values))
-    return token
+        if not unlimited:
+            _check_links(connection, email, now)
+        return _insert_link(connection, email, minutes, now).token
+
+
+def ask_for_link(store: Store, email: str, *, minutes: int, network: str, letters: int) -> SignInLink:
+    """A link for a letter that somebody asked for, whoever that was.
+
+    Nobody can lock another person out by asking for too many: the last letter that an address gets before its limit
+    is reached has a link that is good until more letters are sent. The limit of the whole service is for strangers;
+    an address with an account passes.
+
+    Parameters
+    ----------
+    network, letters
+        From where it was asked for, and how many letters an hour may be asked for from there (0: any number).
+
+    Raises
+    ------
+    Problem
+        422 for what is not an address; 429 where too many links were asked for.
+    """
+    email, now = checked_email(email), utc_now()
+    with store.writing() as connection:
+        _check_links(connection, email, now)
+        bounds.count_letter(connection, network, letters, now)
+        return _insert_link(connection, email, minutes, now)
+
+
+def _check_links(connection: sa.Connection, email: str, now: datetime) -> None:
+    links, users = tables.sign_in_links, tables.users
+    unused = sa.select(links.c.created, links.c.expires).where(_sent_lately(email, now)).order_by(links.c.created)
+    held = connection.execute(unused).all()
+    if len(held) >= LINKS_PER_ADDRESS:
+        wait = max(1, int((held[-LINKS_PER_ADDRESS].created + _HOUR - now).total_seconds()) + 1)
+        raise Problem(
+            429,
+            f"{LINKS_PER_ADDRESS} letters went to this address within an hour; the link in the newest of them signs in "
+            f"until {held[-1].expires:%H:%M} UTC",
+            field="email",
+            headers={"Retry-After": str(wait)},
+        )
+    sent = connection.execute(sa.select(sa.func.count()).where(links.c.created > now - _HOUR)).scalar_one()
+    known = sa.select(users.c.id).where(users.c.email == email)
+    if sent >= LINKS_PER_HOUR and connection.execute(known).first() is None:
+        raise Problem(429, "too many sign-in links were asked for; try again in an hour", field="email")
+
+
+def _sent_lately(email: str, now: datetime) -> sa.ColumnElement[bool]:
+    """Links of the last hour that were not used; one that was shows that its letters are wanted."""
+    links = tables.sign_in_links
+    return sa.and_(links.c.email == email, links.c.created > now - _HOUR, links.c.used.is_(None))
+
+
+def _insert_link(connection: sa.Connection, email: str, minutes: int, now: datetime) -> SignInLink:
+    links, token = tables.sign_in_links, new_token()
+    connection.execute(links.delete().where(links.c.created < now - timedelta(days=2)))
+    lately = sa.select(sa.func.count()).where(_sent_lately(email, now))
+    if connection.execute(lately).scalar_one() + 1 >= LINKS_PER_ADDRESS:
+        minutes = max(minutes, int(_HOUR.total_seconds()) // 60)  # no other letter may come before then
+    values = {"email": email, "created": now, "expires": now + timedelta(minutes=minutes)}
+    connection.execute(links.insert().values(token_hash=token_hash(token), **values))
+    return SignInLink(token, minutes)
 
 
 def link_is_good(store: Store, token: str) -> bool:

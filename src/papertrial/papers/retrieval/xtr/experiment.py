@@ -2,37 +2,44 @@
 
 The summary of a docstring asks for the rest of it, among the documents of all modules. Both objectives train the same
 start (the last layers of a sentence encoder and a projection) on the same batches for the same number of steps at the
-same learning rate and scale. A seed is its own split by module, projection and order of batches.
-
-Of k_train = 16 and 64 the second retrieved more of the right tokens on the split of a pilot, at the same rank of the
-right document.
+same scale, each at the learning rate that did best for it on the development modules, see ``tuning.py``. A seed is its
+own draw of test modules, projection and order of batches.
 """
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from papertrial.lab.trial import Trial
-from papertrial.lm.datastore import Neighbours
-from papertrial.lm.docstring_pairs import DocstringPair, docstring_pairs, split_by_module
-from papertrial.lm.encoders import load_minilm, token_states
+from papertrial.lm.docstring_pairs import DocstringPair, docstring_pairs
+from papertrial.lm.encoders import load_minilm
 from papertrial.lm.models import Checkpoint
 from papertrial.lm.ranking import ndcg_at, reciprocal_rank
+from papertrial.papers.retrieval.xtr.docstring_search import (
+    Search,
+    index_of,
+    maxsim_mrr,
+    maxsim_of_all,
+    split_pairs,
+)
 from papertrial.papers.retrieval.xtr.method import (
     TokenEncoder,
-    TokenIndex,
     aggregate,
+    mine_negatives,
     multiply_adds,
     token_recall,
     train_encoder,
     vectors_of,
 )
 from papertrial.papers.retrieval.xtr.method.imputation import Imputation
+from papertrial.papers.retrieval.xtr.method.training import Objective, States
 
-SCALES = {
+SCALES: dict[str, dict[str, Any]] = {
     "smoke": {
         "seeds": 1,
         "packages": ["mpmath"],
@@ -45,12 +52,15 @@ SCALES = {
         "steps": 3,
         "batch": 8,
         "k_train": 8,
-        "lr": 5e-4,
+        "k_train_others": [4],
+        "negatives": True,
+        "lr": {"colbert": 1e-4, "xtr": 1e-4},
         "scale": 20.0,
         "k_primes": [4, 16, 64, 256],
+        "training_must_help": False,  # three steps do not
     },
     "small": {
-        "seeds": 3,
+        "seeds": 5,
         "packages": ["stdlib"],
         "pairs": None,
         "queries": 300,
@@ -61,15 +71,19 @@ SCALES = {
         "steps": 100,
         "batch": 32,
         "k_train": 64,
-        "lr": 5e-4,
+        "k_train_others": [],
+        "negatives": False,
+        "lr": {"colbert": 1e-4, "xtr": 1e-4},
         "scale": 20.0,
         "k_primes": [4, 16, 64, 256],
+        "training_must_help": True,
     },
+    # the learning rates are a start: python -m papertrial.papers.retrieval.xtr.tuning --scale gpu --device cuda
     "gpu": {
         "seeds": 5,
         "packages": ["stdlib", "numpy", "scipy", "sympy", "networkx"],
         "pairs": None,
-        "queries": 1000,
+        "queries": 500,
         "query_tokens": 48,
         "document_tokens": 256,
         "trained_layers": 6,
@@ -77,12 +91,16 @@ SCALES = {
         "steps": 2000,
         "batch": 256,
         "k_train": 128,
-        "lr": 1e-4,
+        "k_train_others": [32, 320],
+        "negatives": True,
+        "lr": {"colbert": 1e-4, "xtr": 1e-4},
         "scale": 20.0,
-        "k_primes": [4, 16, 64, 256, 1000],
+        "k_primes": [4, 16, 64, 256, 1000, 10_000],
+        "training_must_help": True,
     },
 }
 
+OBJECTIVES = ("colbert", "xtr")
 SHALLOW, DEEP = 16, 256
 """Tokens retrieved per query token where the claims compare."""
 
@@ -95,134 +113,147 @@ def run(trial: Trial) -> dict[str, dict[str, float]]:
     checkpoint = load_minilm(device=trial.device)
     trial.models[checkpoint.name] = checkpoint.digest
     pairs = docstring_pairs(tuple(trial["packages"]))[: trial["pairs"]]
-    below = -1 - trial["trained_layers"]
-    queries, documents = (
-        token_states(
-            checkpoint, [getattr(pair, part) for pair in pairs], layer=below, max_length=trial[f"{part}_tokens"],
-            on_progress=trial.reporter(f"states of the {part} texts"),
-        )
-        for part in ("query", "document")
-    )  # fmt: skip
-    train, test = _split(trial, pairs)
-    trial.note("training pairs", len(train))
-    trial.note("test queries", len(test))
+    queries, documents = states(checkpoint, pairs, trial.parameters, trial)
+    split = split_pairs(pairs, trial["queries"], trial.numpy_generator("modules"))
+    for what, places in (("training pairs", split.train), ("development queries", split.development)):
+        trial.note(what, len(places))
+    trial.note("test queries", len(split.test))
     trial.note("documents", len(pairs))
 
     results: dict[str, dict[str, float]] = {}
     searches: dict[str, Search] = {}
-    for arm in ("untrained", "colbert", "xtr"):
-        encoder = _encoder(trial, checkpoint)
+    learned: dict[str, float] = {}
+    for arm in ("untrained", *OBJECTIVES, *(f"xtr_k{k_train}" for k_train in trial["k_train_others"])):
+        encoder = new_encoder(checkpoint, trial.parameters, trial.generator("projection"))
         if arm != "untrained":
-            train_encoder(
-                encoder,
-                [queries[i] for i in train],
-                [documents[i] for i in train],
-                objective="xtr" if arm == "xtr" else "colbert",
-                k_train=trial["k_train"] if arm == "xtr" else None,
-                steps=trial["steps"],
-                batch_size=trial["batch"],
-                lr=trial["lr"],
-                scale=trial["scale"],
-                generator=trial.generator("batches"),
-                on_progress=trial.reporter(f"training {arm}"),
+            train_arm(
+                arm, trial.parameters, encoder, queries, documents, split.train, trial.generator("batches"), trial
             )
-        searches[arm] = Search(trial, encoder, [queries[i] for i in test], documents, test)
-        results[arm], results[f"{arm}_maxsim"] = searches[arm].measure(trial, arm)
+        index = index_of(encoder, documents, trial.device)
+        held_out = vectors_of(encoder, [queries[place] for place in split.development])
+        learned[arm] = Search(index, held_out, split.development, SHALLOW).mrr(SHALLOW)
+        trial.note(f"{arm}: MRR@10 of the development queries from 16 tokens", round(learned[arm], 4))
+        of_all = maxsim_mrr(index, held_out, split.development)
+        trial.note(f"{arm}: MRR@10 of the development queries by full MaxSim", round(of_all, 4))
+        asked = vectors_of(encoder, [queries[place] for place in split.test])
+        searches[arm] = Search(index, asked, split.test, max(trial["k_primes"]))
+        results[arm], results[f"{arm}_maxsim"] = measure(searches[arm], trial, arm)
+    # by the score that the first claim compares: XTR gives no gradient to most of what full MaxSim reads
+    worse = [name for name in OBJECTIVES if learned[name] <= learned["untrained"]]
+    trial.require(
+        not (worse and trial["training_must_help"]),
+        f"training with the objective of {' and '.join(worse)} taught nothing: MRR@10 of the development queries is "
+        f"{', '.join(f'{learned[name]:.4f}' for name in worse)} after {learned['untrained']:.4f} without training",
+    )
     trial.note("tokens in the index", searches["xtr"].index.tokens)
     trial.note("share of the index that 256 tokens are, %", round(100 * DEEP / searches["xtr"].index.tokens, 2))
-    _show(trial, searches, results, pairs, test)
+    _show(trial, searches, results, pairs, split.test)
     return results
 
 
-def _split(trial: Trial, pairs: list[DocstringPair]) -> tuple[list[int], list[int]]:
-    """Places of training pairs and of test queries, from modules apart."""
-    train, test = split_by_module(pairs, trial["queries"], trial.numpy_generator("modules"))
-    place = {id(pair): i for i, pair in enumerate(pairs)}
-    return [place[id(pair)] for pair in train], [place[id(pair)] for pair in test][: trial["queries"]]
+def states(
+    checkpoint: Checkpoint, pairs: Sequence[DocstringPair], scale: Mapping[str, Any], trial: Trial | None = None
+) -> tuple[States, States]:
+    """What enters the trained layers, of all queries and all documents."""
+    encoder = TokenEncoder(checkpoint, None, trained_layers=scale["trained_layers"])
+    queries, documents = (
+        encoder.states(
+            [getattr(pair, part) for pair in pairs],
+            max_length=scale[f"{part}_tokens"],
+            on_progress=None if trial is None else trial.reporter(f"states of the {part} texts"),
+        )
+        for part in ("query", "document")
+    )
+    return queries, documents
 
 
-def _encoder(trial: Trial, checkpoint: Checkpoint) -> TokenEncoder:
+def new_encoder(checkpoint: Checkpoint, scale: Mapping[str, Any], generator: torch.Generator) -> TokenEncoder:
+    """The start of every arm, with a model of its own."""
     own = copy.copy(checkpoint)
     own.model = copy.deepcopy(checkpoint.model)
-    layers = trial["trained_layers"]
-    return TokenEncoder(own, trial["dim"], trained_layers=layers, generator=trial.generator("projection"))
+    return TokenEncoder(own, scale["dim"], trained_layers=scale["trained_layers"], generator=generator)
 
 
-class Search:
-    """One encoder's index over all documents, and what its token retrieval finds for the test queries."""
+def train_arm(
+    arm: str,
+    scale: Mapping[str, Any],
+    encoder: TokenEncoder,
+    queries: States,
+    documents: States,
+    places: Sequence[int],
+    batches: torch.Generator,
+    trial: Trial | None = None,
+) -> None:
+    """Train with the objective of ``arm`` on the pairs at ``places``; ``xtr_k32`` is XTR with k_train = 32."""
+    objective: Objective = "colbert" if arm == "colbert" else "xtr"
+    asked, found = [queries[place] for place in places], [documents[place] for place in places]
+    k_train = int(arm.removeprefix("xtr_k")) if arm.startswith("xtr_k") else scale["k_train"]
+    train_encoder(
+        encoder,
+        asked,
+        found,
+        objective=objective,
+        k_train=k_train if objective == "xtr" else None,
+        negatives=mine_negatives(encoder, asked, found) if scale["negatives"] else None,
+        steps=scale["steps"],
+        batch_size=scale["batch"],
+        lr=scale["lr"][objective],
+        scale=scale["scale"],
+        generator=batches,
+        on_progress=None if trial is None else trial.reporter(f"training {arm}"),
+    )
 
-    def __init__(self, trial: Trial, encoder: TokenEncoder, queries: Any, documents: Any, relevant: list[int]) -> None:
-        self.index = TokenIndex.build(vectors_of(encoder, documents), kind="exact", device=trial.device)
-        self.queries = vectors_of(encoder, queries)
-        self.relevant = relevant
-        near = self.index.search(torch.cat(self.queries), max(trial["k_primes"]))
-        lengths = [len(query) for query in self.queries]
-        self.near = [
-            Neighbours(*pair) for pair in zip(near.scores.split(lengths), near.indices.split(lengths), strict=True)
-        ]
-        flat = torch.from_numpy(np.asarray(self.index.vectors, dtype=np.float32))
-        # (C,) per query: full MaxSim of every document
-        self.full = [
-            np.maximum.reduceat((query @ flat.T).numpy(), self.index.offsets[:-1], axis=1).mean(0)
-            for query in self.queries
-        ]
 
-    def measure(self, trial: Trial, arm: str) -> tuple[dict[str, float], dict[str, float]]:
-        """Scored from retrieved tokens, and by full MaxSim over the same candidates; also logs curves over k'."""
-        own: dict[str, float] = {}
-        full: dict[str, float] = {}
-        for k in trial["k_primes"]:
-            values = np.mean([self._one(query, k) for query in range(len(self.queries))], axis=0)
-            names = ("mrr", "ndcg", "recall", "operations", "full_mrr", "full_ndcg", "full_operations", "candidates")
-            found = dict(zip(names, values.tolist(), strict=True))
-            trial.log("MRR@10 over tokens retrieved", arm, k, found["mrr"])
-            trial.log("MRR@10 over tokens retrieved", f"{arm}, full MaxSim", k, found["full_mrr"])
-            trial.log("share of query tokens that retrieve the right document", arm, k, found["recall"])
-            if k == SHALLOW:
-                own |= {"mrr@10": found["mrr"], "ndcg@10": found["ndcg"], "token_recall@16": found["recall"]}
-                full |= {"mrr@10": found["full_mrr"], "ndcg@10": found["full_ndcg"], "token_recall@16": found["recall"]}
-                own["scoring_multiply_adds"] = found["operations"]
-                full["scoring_multiply_adds"] = found["full_operations"]
-                trial.note(f"{arm}: candidates at k' = 16", round(found["candidates"], 1))
-            if k == DEEP:
-                own["mrr@10_deep"], full["mrr@10_deep"] = found["mrr"], found["full_mrr"]
-        for impute in IMPUTATIONS:
-            own[f"mrr@10_{impute}"], own[f"mrr@10_deep_{impute}"] = (self._imputed(k, impute) for k in (SHALLOW, DEEP))
-        return own, full
+def measure(search: Search, trial: Trial, arm: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Scored from retrieved tokens, and by full MaxSim over the same candidates; also logs curves over k'."""
+    own: dict[str, float] = {}
+    full: dict[str, float] = {}
+    every = [maxsim_of_all(search.index, query) for query in search.queries]
+    for k in trial["k_primes"]:
+        rows = [_one(search, query, k, scores) for query, scores in enumerate(every)]
+        found = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        trial.log("MRR@10 over tokens retrieved", arm, k, found["mrr"])
+        trial.log("MRR@10 over tokens retrieved", f"{arm}, full MaxSim", k, found["full_mrr"])
+        trial.log("share of query tokens that retrieve the right document", arm, k, found["recall"])
+        if k == SHALLOW:
+            own |= {"mrr@10": found["mrr"], "ndcg@10": found["ndcg"], "token_recall@16": found["recall"]}
+            full |= {"mrr@10": found["full_mrr"], "ndcg@10": found["full_ndcg"], "token_recall@16": found["recall"]}
+        if k == DEEP:
+            own["mrr@10_deep"], full["mrr@10_deep"] = found["mrr"], found["full_mrr"]
+        if k in (SHALLOW, DEEP):
+            name = "scoring_multiply_adds" if k == SHALLOW else "scoring_multiply_adds_deep"
+            own[name], full[name] = found["operations"], found["full_operations"]
+            trial.note(f"{arm}: candidates at k' = {k}", round(found["candidates"], 1))
+    for impute in IMPUTATIONS:
+        own[f"mrr@10_{impute}"], own[f"mrr@10_deep_{impute}"] = (search.mrr(k, impute) for k in (SHALLOW, DEEP))
+    return own, full
 
-    def _imputed(self, k: int, impute: Imputation) -> float:
-        """MRR@10 with another imputation."""
-        ranks = []
-        for near, right in zip(self.near, self.relevant, strict=True):
-            first = Neighbours(near.scores[:, :k], near.indices[:, :k])
-            found = aggregate(first, self.index.document_of, impute).documents[:10]
-            ranks.append(reciprocal_rank(found.tolist(), {right}))
-        return float(np.mean(ranks))
 
-    def _one(self, query: int, k: int) -> tuple[float, ...]:
-        near = Neighbours(self.near[query].scores[:, :k], self.near[query].indices[:, :k])
-        found = aggregate(near, self.index.document_of)
-        ranking, right = found.documents[:10].tolist(), {self.relevant[query]}
-        candidates = found.documents.sort().values.numpy()
-        scores = self.full[query][candidates]
-        in_full = candidates[np.argsort(-scores, kind="stable")[:10]].tolist()
-        size: dict[str, int] = {
-            "n": near.indices.shape[0],
-            "k_prime": near.indices.shape[1],
-            "candidates": len(candidates),
-            "candidate_tokens": int(np.diff(self.index.offsets)[candidates].sum()),
-            "dim": self.index.vectors.shape[1],
-        }
-        return (
-            reciprocal_rank(ranking, right),
-            ndcg_at(ranking, right),
-            token_recall(near, self.index.document_of, self.relevant[query], near.indices.shape[1]),
-            multiply_adds("xtr", **size),
-            reciprocal_rank(in_full, right),
-            ndcg_at(in_full, right),
-            multiply_adds("colbert", **size),
-            len(candidates),
-        )
+def _one(search: Search, query: int, k: int, every: NDArray[np.floating]) -> dict[str, float]:
+    """What one query found; ``every`` is the full MaxSim of all documents."""
+    index, relevant = search.index, search.relevant[query]
+    near = search.first(query, k)
+    found = aggregate(near, index.document_of)
+    ranking, right = found.documents[:10].tolist(), {relevant}
+    candidates = found.documents.sort().values.numpy()
+    in_full = candidates[np.argsort(-every[candidates], kind="stable")[:10]].tolist()
+    size: dict[str, int] = {
+        "n": near.indices.shape[0],
+        "k_prime": near.indices.shape[1],
+        "candidates": len(candidates),
+        "candidate_tokens": int(np.diff(index.offsets)[candidates].sum()),
+        "dim": index.vectors.shape[1],
+    }
+    return {
+        "mrr": reciprocal_rank(ranking, right),
+        "ndcg": ndcg_at(ranking, right),
+        "recall": token_recall(near, index.document_of, relevant, near.indices.shape[1]),
+        "operations": multiply_adds("xtr", **size),
+        "full_mrr": reciprocal_rank(in_full, right),
+        "full_ndcg": ndcg_at(in_full, right),
+        "full_operations": multiply_adds("colbert", **size),
+        "candidates": len(candidates),
+    }
 
 
 def _show(
@@ -237,9 +268,11 @@ def _show(
         kind="bar",
         x=["from retrieved tokens", "full MaxSim"],
         series={
-            arm: [results[a]["scoring_multiply_adds"] for a in (arm, f"{arm}_maxsim")] for arm in ("colbert", "xtr")
+            f"{arm}, k' = {k}": [results[a][name] for a in (arm, f"{arm}_maxsim")]
+            for arm in OBJECTIVES
+            for k, name in ((SHALLOW, "scoring_multiply_adds"), (DEEP, "scoring_multiply_adds_deep"))
         },
-        y_label="operations per query at k' = 16",
+        y_label="operations per query",
         log_y=True,
         caption="Multiply-adds of MaxSim over the candidates' vectors, and comparisons and additions of scoring from "
         "what token retrieval returned.",
@@ -250,7 +283,7 @@ def _show(
         x=["last score", *(impute.replace("_", " ") for impute in IMPUTATIONS)],
         series={
             f"{arm}, k' = {k}": [results[arm][name], *(results[arm][f"{name}_{impute}"] for impute in IMPUTATIONS)]
-            for arm in ("colbert", "xtr")
+            for arm in OBJECTIVES
             for k, name in ((SHALLOW, "mrr@10"), (DEEP, "mrr@10_deep"))
         },
         y_label="MRR@10",
@@ -259,9 +292,8 @@ def _show(
     )
     for query, place in list(enumerate(test))[:4]:
         outputs = {}
-        for arm in ("colbert", "xtr"):
-            near = Neighbours(*(values[:, :SHALLOW] for values in searches[arm].near[query]))
-            found = aggregate(near, searches[arm].index.document_of)
+        for arm in OBJECTIVES:
+            found = aggregate(searches[arm].first(query, SHALLOW), searches[arm].index.document_of)
             outputs[arm] = "\n".join(
                 f"{score:.3f} {'*' if document == place else ' '} {pairs[document].document[:100]}"
                 for document, score in zip(found.documents[:3].tolist(), _list(found.scores[:3]), strict=True)

@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import pytest
@@ -7,8 +8,12 @@ from torch import nn
 from transformers import LogitsProcessor
 
 from families import CONTEXT, DECODERS, left_padded, random_ids, tiny_model
+from papertrial.lab.trial import Trial
 from papertrial.lm import cache as kv
+from papertrial.lm.anatomy import body
 from papertrial.lm.generation import StepDecoder, evaluating, greedy, left_pad, sample
+from papertrial.papers.decoding.chimera import experiment
+from papertrial.papers.decoding.chimera.base_model import in_precision
 from papertrial.papers.decoding.chimera.method import (
     ChimeraDraft,
     Draft,
@@ -43,8 +48,25 @@ def untrained(model, *, n_heads=3, spread=0.2, seed=0, **settings):
     return draft
 
 
+def proposal(state, root, tree):
+    """What a state proposes, (B, N), and the draft's chance of each node among its siblings' alternatives, (B, N)."""
+    expand, chances = state.expand, []
+
+    def watched(*arguments):
+        for level, logits, tokens in expand(*arguments):
+            yield level, logits, tokens
+            q = logits.softmax(-1)[:, level.parent_of]
+            chances.append(q.gather(2, tokens[:, level.children, None])[..., 0])
+
+    state.expand = watched
+    tokens = state.propose(root, tree).tokens
+    del state.expand
+    return tokens, torch.cat(chances, 1)
+
+
 class Oracle(Draft):
-    """Drafts what the base model goes on with, or what it certainly does not go on with."""
+    """Drafts what the base model goes on with, or what it certainly does not go on with; ``right`` may depend on the
+    length of the text."""
 
     def __init__(self, model, n_heads, right=True):
         super().__init__(model, n_heads)
@@ -71,7 +93,8 @@ class OracleState(DraftState):
                 path = [] if node < 0 else tree.attention_mask[node].nonzero()[:, 0].tolist()
                 ids = torch.cat([self.rows[row], root[row, None], tokens[row, path]])
                 true = self.draft.model[0](ids[None]).logits[0, -1]
-                logits[row, column] = true if self.draft.right else -true
+                right = self.draft.right(len(ids)) if callable(self.draft.right) else self.draft.right
+                logits[row, column] = true if right else -true
             yield level, logits, tokens
 
     def extend(self, tokens, hidden, kept):
@@ -174,25 +197,64 @@ def test_a_tree_finds_what_a_chain_misses_at_the_second_rank():
 def test_after_every_round_the_cache_is_that_of_a_run_from_scratch(family, monkeypatch):
     from papertrial.papers.decoding.chimera.method import decoding
 
-    model, seen = tiny_model(family), []
+    model, rounds = tiny_model(family), []
+    fitting = decoding._Run._fitting
 
-    class Watching(StepDecoder):
-        def __init__(self, *arguments, **settings):
-            super().__init__(*arguments, **settings)
-            seen.append(self)
+    def watched(run, decoder, rows):  # called as each round begins, with what the round before has left
+        rounds.append([int(n) for n in decoder.attention_mask.sum(1)])
+        assert kv.length(decoder.cache) == decoder.input_ids.shape[1]
+        for row, mask in enumerate(decoder.attention_mask.bool()):
+            fresh = StepDecoder(model, decoder.input_ids[row, mask][None])
+            for layer, expected in zip(decoder.cache.layers, fresh.cache.layers, strict=True):
+                for held, wanted in ((layer.keys, expected.keys), (layer.values, expected.values)):
+                    torch.testing.assert_close(held[row, :, mask], wanted[0], atol=2e-5, rtol=1e-4)  # two routes
+        return fitting(run, decoder, rows)
 
-    monkeypatch.setattr(decoding, "StepDecoder", Watching)
-    draft = untrained(model)
-    out = speculative_generate(model, draft, torch.tensor(PROMPTS[:1]), tree=TREE, max_new_tokens=12)
-    decoder = seen[0]
-    kept = decoder.input_ids.shape[1]
-    assert kv.length(decoder.cache) == kept
-    # the last token is chosen and not fed; what was accepted beyond the limit was
-    assert decoder.input_ids[0, 6:17].tolist() == out.tokens[0, :11].tolist()
-    fresh = StepDecoder(model, decoder.input_ids)
-    for layer, expected in zip(decoder.cache.layers, fresh.cache.layers, strict=True):
-        torch.testing.assert_close(layer.keys, expected.keys, atol=2e-5, rtol=1e-4)  # float32 rounding of two routes
-        torch.testing.assert_close(layer.values, expected.values, atol=2e-5, rtol=1e-4)
+    monkeypatch.setattr(decoding._Run, "_fitting", watched)
+    ids, mask = left_pad(PROMPTS, 0)
+    draft = Oracle(model, 3, right=lambda length: length % 5 in (0, 2, 3))
+    out = speculative_generate(model, draft, ids, mask, tree=TREE, max_new_tokens=12)
+    assert 0 < int(out.stats.accepted.sum()) < int(out.stats.reached.sum()), "rounds that differ, or little is tested"
+    assert rounds[0] == [6, 1, 3]
+    assert len(rounds) > 2
+    assert torch.equal(out.tokens, greedy(model, ids, mask, max_new_tokens=12).tokens)
+
+
+def unsteady(model, noise=0.03):
+    """The model itself, a little beside itself: drafts of it are right now and then."""
+    other, source = copy.deepcopy(model), generator(9)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=source), alpha=noise)
+    return other
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_a_tree_of_one_branch_is_the_assisted_generation_of_transformers_round_by_round(family):
+    model = tiny_model(family)
+    assistant, lengths = unsteady(model), []
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+
+    def watch(module, arguments, settings):
+        lengths.append(settings["past_key_values"].get_seq_length())
+
+    body(model).register_forward_pre_hook(watch, with_kwargs=True)
+    ids = torch.tensor(PROMPTS[:1])
+    ours = speculative_generate(model, Oracle(assistant, 3), ids, tree=TokenTree.chain(3), max_new_tokens=40)
+    found = lengths.copy()
+    lengths.clear()
+    # theirs drafts behind the prompt, ours behind the first token that the prompt gives
+    prompt = torch.cat([ids, ours.tokens[:, :1]], 1)
+    theirs = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), assistant_model=assistant, do_sample=False, max_new_tokens=39,
+        eos_token_id=-1, pad_token_id=0,
+    )  # fmt: skip
+    assert torch.equal(theirs[:, 6:], ours.tokens)
+    assert 0 < int(ours.stats.accepted.sum()) < int(ours.stats.reached.sum())
+    assert found[:2] == [0, 6]  # the prompt, and the first round behind it, which are one pass there
+    assert found[2:] == lengths[1:]
 
 
 def test_rows_end_at_their_own_end_tokens():
@@ -240,6 +302,38 @@ def test_generate_runs_it_with_its_own_processors_and_stopping_criteria(family):
         model.generate(ids.repeat(2, 1), eos_token_id=-1, **settings | {"attention_mask": None}, **custom)
 
 
+@pytest.mark.parametrize(
+    ("wish", "reason"),
+    [
+        ({"num_beams": 3}, "leave num_beams at 1, got 3"),
+        ({"num_return_sequences": 2, "do_sample": True}, "leave num_return_sequences at 1, got 2"),
+        ({"return_dict_in_generate": True}, "leave out return_dict_in_generate"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "leave out return_dict_in_generate"),
+        ({"output_scores": True}, "leave out output_scores"),
+        ({"output_logits": True}, "leave out output_logits"),
+        ({"output_attentions": True}, "leave out output_attentions"),
+        ({"output_hidden_states": True}, "leave out output_hidden_states"),
+    ],
+)
+def test_what_generate_cannot_give_with_drafts_is_refused_by_name(wish, reason):
+    model, ids = tiny_model("llama"), torch.tensor(PROMPTS[:1])
+    settings = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "eos_token_id": -1, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match=reason):
+        model.generate(
+            ids, custom_generate=speculative_decoding(Oracle(model, 3), TREE), **settings, **{"do_sample": False} | wish
+        )
+
+
+def test_a_cache_that_is_filled_already_is_refused():
+    model, ids = tiny_model("llama"), torch.tensor(PROMPTS[:1])
+    cache = model(ids[:, :-1]).past_key_values
+    with pytest.raises(ValueError, match="leave out past_key_values"):
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=4, do_sample=False,
+            pad_token_id=0, eos_token_id=-1, custom_generate=speculative_decoding(Oracle(model, 3), TREE),
+        )  # fmt: skip
+
+
 # -- the draft model -----------------------------------------------------------------------------------------------
 
 
@@ -253,11 +347,11 @@ def test_parallel_training_steps_are_the_sequential_drafts(family):
             parallel = draft.training_steps(ids, final_states(model, ids), own_drafts=True)
             for place in range(10):
                 decoder = StepDecoder(model, ids[:, : place + 1], keep_hidden=True)
-                drafted = draft.start(decoder).propose(ids[:, place + 1], TokenTree.chain(3))
+                drafted, chances = proposal(draft.start(decoder), ids[:, place + 1], TokenTree.chain(3))
                 for step, output in enumerate(parallel):
                     best = output.logits[:, place].softmax(-1).max(-1)
-                    assert torch.equal(drafted.tokens[:, step], best.indices)
-                    torch.testing.assert_close(drafted.probs[:, step], best.values, atol=1e-5, rtol=1e-3)
+                    assert torch.equal(drafted[:, step], best.indices)
+                    torch.testing.assert_close(chances[:, step], best.values, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -266,16 +360,15 @@ def test_a_node_of_the_tree_is_drafted_as_if_its_path_were_the_only_one(family):
     draft = untrained(model)
     root = random_ids(2, 1, seed=5)[:, 0]
     with torch.no_grad():
-        drafted = draft.start(StepDecoder(model, ids, keep_hidden=True)).propose(root, TREE)
-        for branch in TREE.branches.tolist():
-            path = [node for node in branch if node >= 0]
+        drafted, chances = proposal(draft.start(StepDecoder(model, ids, keep_hidden=True)), root, TREE)
+        for leaf in (node for node in range(len(TREE)) if node not in TREE.parents):
+            path = TREE.attention_mask[leaf].nonzero()[:, 0].tolist()
             state = draft.start(StepDecoder(model, ids, keep_hidden=True))
-            for depth, (_, logits, tokens) in enumerate(state.expand(root, TokenTree.chain(3))):
-                if depth < len(path):
-                    chances = logits[:, 0].softmax(-1)
-                    expected = chances.gather(1, drafted.tokens[:, path[depth], None])[:, 0]
-                    torch.testing.assert_close(drafted.probs[:, path[depth]], expected, atol=1e-5, rtol=1e-3)
-                    tokens[:, depth] = drafted.tokens[:, path[depth]]
+            for depth, (_, logits, tokens) in enumerate(state.expand(root, TokenTree.chain(len(path)))):
+                node = path[depth]
+                expected = logits[:, 0].softmax(-1).gather(1, drafted[:, node, None])[:, 0]
+                torch.testing.assert_close(chances[:, node], expected, atol=1e-5, rtol=1e-3)
+                tokens[:, depth] = drafted[:, node]
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -301,12 +394,12 @@ def test_a_state_carried_through_rounds_drafts_what_a_fresh_one_would(family):
             state.extend(fed, hidden, kept)
         state.select(torch.tensor([True, False, True]))
         root = random_ids(3, 1, seed=60)[:, 0]
-        carried = state.propose(root[[0, 2]], TREE)
+        carried, chances = proposal(state, root[[0, 2]], TREE)
         for place, row in enumerate((0, 2)):
             alone = draft.start(StepDecoder(model, torch.tensor([rows[row]]), keep_hidden=True))
-            fresh = alone.propose(root[row, None], TREE)
-            assert torch.equal(carried.tokens[place], fresh.tokens[0])
-            torch.testing.assert_close(carried.probs[place], fresh.probs[0], atol=1e-5, rtol=1e-3)
+            fresh, expected = proposal(alone, root[row, None], TREE)
+            assert torch.equal(carried[place], fresh[0])
+            torch.testing.assert_close(chances[place], expected[0], atol=1e-5, rtol=1e-3)
 
 
 def test_each_part_is_read_only_where_it_should_be():
@@ -411,6 +504,35 @@ def test_detaching_cuts_the_gradient_between_steps_only():
     assert not torch.allclose(gradients[0][0], gradients[1][0])
 
 
+@pytest.mark.parametrize("make", [ChimeraDraft, MedusaDraft])
+def test_a_draft_of_a_half_precision_base_learns_as_much_as_one_of_the_same_base_in_float32(make):
+    half = in_precision(tiny_model("llama"), torch.bfloat16)
+    whole = in_precision(copy.deepcopy(half), torch.float32)
+    learned = []
+    for model in (half, whole):
+        settings = {"generator": generator()} if make is ChimeraDraft else {}
+        draft = make(model, 2, **settings)
+        assert {parameter.dtype for parameter in draft.parameters()} == {torch.float32}
+        report = train_draft(draft, model, [random_ids(8, 16)], steps=30, lr=2e-4)
+        learned.append(report.losses[0] - report.losses[-1])
+        written = speculative_generate(model, draft, torch.tensor(PROMPTS[:1]), tree=TREE.pruned(2), max_new_tokens=6)
+        assert written.tokens.shape == (1, 6)
+    assert learned[1] > 0.05
+    assert learned[0] == pytest.approx(learned[1], rel=0.05)  # the base's states differ by its rounding
+
+
+def test_a_trained_draft_can_be_put_into_half_precision_without_its_positions():
+    model = in_precision(tiny_model("llama"), torch.bfloat16)
+    draft = untrained(model)
+    frequencies = draft.context.layer.rotary_emb.inv_freq.clone()
+    assert draft.set_precision(torch.bfloat16) is draft
+    assert {parameter.dtype for parameter in draft.parameters()} == {torch.bfloat16}
+    assert torch.equal(draft.context.layer.rotary_emb.inv_freq, frequencies)
+    ids, mask = left_pad(PROMPTS, 0)
+    out = speculative_generate(model, draft, ids, mask, tree=TREE, max_new_tokens=8)
+    assert out.tokens.shape == (3, 8)
+
+
 def test_training_raises_accuracy_and_leaves_the_base_model_as_it_was():
     model = tiny_model("llama")
     before = [parameter.clone() for parameter in model.parameters()]
@@ -449,16 +571,14 @@ def test_accuracy_on_greedy_text_predicts_what_verification_accepts():
 # -- trees and acceptance ------------------------------------------------------------------------------------------
 
 
-def test_a_tree_knows_its_parents_mask_and_branches():
+def test_a_tree_knows_its_parents_mask_and_levels():
     tree = TokenTree([[0, 1], [1], [0], [0, 0], [0, 0, 2]])
     assert tree.paths == [(0,), (1,), (0, 0), (0, 1), (0, 0, 2)]
     assert tree.parents == [-1, -1, 0, 0, 2]
     assert tree.rooted_parents == [-1, 0, 0, 1, 1, 3]
-    assert tree.depths == [1, 1, 2, 2, 3]
     for n, path in enumerate(tree.paths):
         ancestors = [m for m, other in enumerate(tree.paths) if path[: len(other)] == other]
         assert tree.attention_mask[n].nonzero()[:, 0].tolist() == ancestors
-    assert tree.branches.tolist() == [[1, -1, -1], [0, 3, -1], [0, 2, 4]]
     assert [level.parents for level in tree.levels] == [[-1], [0], [2]]
     assert tree.levels[2].width == 3
     assert tree.pruned(2).paths == [(0,), (1,), (0, 0), (0, 1)]
@@ -551,6 +671,11 @@ def test_bad_requests_are_refused_with_a_reason():
             speculative_generate(model, draft, ids, **settings | changed)
     with pytest.raises(ValueError, match="knows 67 tokens and the model 50"):
         speculative_generate(tiny_model("llama", vocab_size=50), draft, ids, **settings)
+    wide = tiny_model("llama", hidden_size=64)
+    with pytest.raises(ValueError, match="states of width 32 and the model's have 64"):
+        speculative_generate(wide, draft, ids, **settings)
+    with pytest.raises(ValueError, match="states of width 32 and the model's have 64"):
+        wide.generate(ids, custom_generate=speculative_decoding(draft, settings["tree"]), max_new_tokens=4)
     with pytest.raises(ValueError, match="n_heads"):
         ChimeraDraft(model, 0)
     with pytest.raises(ValueError, match="no next-token head"):
@@ -572,3 +697,22 @@ def test_bad_requests_are_refused_with_a_reason():
         acceptance(p, [1], torch.tensor([1.0, 0, 0, 0]))
     with pytest.raises(ValueError, match="q alike"):
         acceptance(p, [1], p[:2])
+
+
+# -- the experiment ------------------------------------------------------------------------------------------------
+
+
+def test_a_base_trained_here_in_half_precision_goes_through_the_whole_experiment(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPERTRIAL_HOME", str(tmp_path))
+    gpu = experiment.SCALES["gpu"]
+    parameters = {**experiment.SCALES["smoke"], "heads": 2, "nodes": 4, "new_tokens": 6}
+    base = gpu["base"] | {"layers": 2, "width": 32, "heads": 4, "steps": 3, "batch": 2, "length": 64}
+    assert (gpu["base"]["layers"], gpu["base"]["width"], gpu["base"]["dtype"]) == (24, 1024, "bfloat16")
+    trial = Trial("chimera", "gpu", 0, parameters | {"base": base})
+    results = experiment.run(trial)
+    for arm in ("autoregressive", "medusa", "chimera", "chimera_no_trigram"):
+        assert results[arm]["greedy_match"] == 100.0, "in float32, to the last token"
+        assert 0 <= results[arm]["half_precision_match"] <= 100.0
+        assert results[arm]["tokens_per_second"] > 0
+    assert results["chimera"]["accuracy_fall"] == results["chimera"]["accuracy_1"] - results["chimera"]["accuracy_2"]
+    assert trial.notes["parameters of the base model"] == 768 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 80 + 2 * 32) + 32

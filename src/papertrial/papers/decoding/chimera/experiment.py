@@ -1,11 +1,13 @@
-"""Chimera against Medusa heads and against its own parts, on a frozen house model of Python code.
+"""Chimera against Medusa heads and against its own parts, on a frozen model of Python code.
 
-A seed is its own training batches, initial weights and held-out prompts. All drafts of a seed see the same batches,
+The base is a house model, or, at the scale for GPUs, one of 24 layers in bfloat16 that is trained here first. A seed is
+its own training batches, initial weights and held-out prompts. All drafts of a seed see the same batches,
 draft the same static tree and continue the same prompts. The learning rate was chosen on validation prompts, from 3e-3,
 1e-2 and 3e-2 for medusa, 5e-3, 1e-2 and 2e-2 for chimera, 3e-3 and 1e-2 for medusa_wide: 1e-2 was best, or even, for
 each.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -15,13 +17,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from papertrial.lab.trial import Trial
-from papertrial.lm.corpora import corpus, encode, random_batches, unseen_by
+from papertrial.lm.corpora import Document, corpus, encode, line_hashes, random_batches, unseen, unseen_by
 from papertrial.lm.generation import greedy, sample
 from papertrial.lm.models import Checkpoint, quiet_transformers
+from papertrial.papers.decoding.chimera.base_model import in_precision, train_base
 from papertrial.papers.decoding.chimera.method import (
     ChimeraDraft,
     Draft,
     MedusaDraft,
+    SpeculativeOutput,
     TokenTree,
     draft_accuracy,
     modelled_speedup,
@@ -33,6 +37,7 @@ from papertrial.papers.decoding.chimera.method.training import final_states
 SCALES = {
     "smoke": {
         "seeds": 1,
+        "base": None,
         "documents": 12,
         "steps": 3,
         "batch": 4,
@@ -48,7 +53,8 @@ SCALES = {
         "least_baseline": 0.0,
     },
     "small": {
-        "seeds": 3,
+        "seeds": 5,
+        "base": None,
         "documents": 150,
         "steps": 200,
         "batch": 8,
@@ -65,13 +71,23 @@ SCALES = {
     },
     "gpu": {
         "seeds": 5,
+        "base": {
+            "layers": 24,
+            "width": 1024,
+            "heads": 16,
+            "steps": 1500,
+            "batch": 32,
+            "length": 256,
+            "lr": 6e-4,
+            "dtype": "bfloat16",
+        },
         "documents": 1000,
-        "steps": 4000,
-        "batch": 64,
+        "steps": 3000,
+        "batch": 16,
         "length": 192,
         "heads": 4,
         "nodes": 32,
-        "lr": 3e-3,
+        "lr": 1e-3,
         "prompts": 64,
         "prompt_tokens": 32,
         "new_tokens": 128,
@@ -84,9 +100,9 @@ SCALES = {
 
 def run(trial: Trial) -> dict[str, dict[str, float]]:
     """One seed; see :class:`Measure` for the metrics."""
-    base = trial.checkpoint("house:code-fine")
+    base, held_out = _base(trial)
     batches = _batches(trial, base)
-    measure = Measure(trial, base.model, _prompts(trial, base))
+    measure = Measure(trial, base.model, _prompts(trial, base, held_out))
     results = {"autoregressive": measure.autoregressive()}
     accuracies: dict[str, list[float]] = {}
     for arm, build in _drafts(trial, base.model).items():
@@ -99,16 +115,38 @@ def run(trial: Trial) -> dict[str, dict[str, float]]:
             steps=trial["steps"],
             lr=trial["lr"],
             warmup=0.05,
+            precision="fp32" if base.model.dtype == torch.float32 else "bf16",
             on_step=lambda report, arm=arm: _log(trial, arm, report),
             on_progress=trial.reporter(f"training {arm}"),
         )
-        results[arm], accuracies[arm] = measure(draft)
+        results[arm], accuracies[arm] = measure(draft.set_precision(base.model.dtype))
     trial.require(
         results["medusa"]["tokens_per_forward"] >= trial["least_baseline"],
         f"Medusa heads gain {results['medusa']['tokens_per_forward']:.2f} tokens a pass: too little to be a baseline",
     )
     _show(trial, base, measure, results, accuracies)
     return results
+
+
+def _base(trial: Trial) -> tuple[Checkpoint, list[Document]]:
+    """The base model, and test documents that hold no line of what it was trained on."""
+    checkpoint = trial.checkpoint("house:code-fine")
+    held_out = corpus("code").documents("test")
+    if trial["base"] is None or trial.requested_model is not None:
+        # what a user's model has read is not known
+        return checkpoint, unseen_by("code-fine", held_out)
+    documents = [*corpus("code").documents("train"), *corpus("prose").documents("train")]
+    tokenizer = cast(PreTrainedTokenizerFast, checkpoint.tokenizer)
+    model = train_base(
+        tokenizer,
+        encode(tokenizer, [document.text for document in documents]),
+        trial["base"],
+        generator=trial.generator("base model"),
+        device=trial.device,
+        on_progress=trial.reporter("training the base model"),
+    )
+    trial.note("parameters of the base model", sum(parameter.numel() for parameter in model.parameters()))
+    return Checkpoint(model, tokenizer, "trained here", checkpoint.folder), unseen(held_out, line_hashes(documents))
 
 
 def _drafts(trial: Trial, model: PreTrainedModel) -> dict[str, Callable[[], Draft]]:
@@ -128,11 +166,13 @@ def _drafts(trial: Trial, model: PreTrainedModel) -> dict[str, Callable[[], Draf
 
 
 def _batches(trial: Trial, base: Checkpoint) -> list[dict[str, Tensor]]:
-    """Training batches with the base model's final states, which all arms share."""
+    """Training batches, which all arms share, with the base model's final states where memory holds them."""
     documents = corpus("code").documents("train")
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0))[: trial["documents"]]
     stream = encode(cast(PreTrainedTokenizerFast, base.tokenizer), [documents[int(i)].text for i in order])
     drawn = random_batches(stream, trial["batch"], trial["length"], generator=trial.generator("batches"))
+    if trial["base"] is not None:
+        return [{"input_ids": next(drawn).to(trial.device)} for _ in range(trial["steps"])]
     batches = []
     for _ in trial.track(range(trial["steps"]), "states of the base model"):
         ids = next(drawn).to(trial.device)
@@ -140,9 +180,8 @@ def _batches(trial: Trial, base: Checkpoint) -> list[dict[str, Tensor]]:
     return batches
 
 
-def _prompts(trial: Trial, base: Checkpoint) -> Tensor:
-    """This seed's prompts (P, S) from test documents that no house model of code has seen; seeds share none."""
-    documents = unseen_by("code-fine", corpus("code").documents("test"))
+def _prompts(trial: Trial, base: Checkpoint, documents: list[Document]) -> Tensor:
+    """This seed's prompts (P, S) from held-out documents; seeds share none."""
     length = trial["prompt_tokens"]
     windows: list[list[int]] = []
     for document in documents:
@@ -164,24 +203,45 @@ class Measure:
     ``tokens_per_forward`` and ``sampled_tokens_per_forward``: new tokens per verification pass, greedy and at the
     temperature; ``greedy_match`` and ``sampled_match``: % of tokens that are those of transformers' own greedy decoding
     and of plain sampling with the same random numbers; ``accuracy_s``: % of right best guesses at step s on the base
-    model's greedy text; ``tokens_per_second``: greedy, one prompt at a time, per CPU second, drafting included;
-    ``modelled_speedup``: where a pass takes as long as its weights take to read, whatever the tokens in it.
+    model's greedy text; ``accuracy_fall``: the points that are lost from the first step to the last;
+    ``tokens_per_second``: greedy, one prompt at a time, per CPU second, drafting included; ``modelled_speedup``: where
+    a pass takes as long as its weights take to read, whatever the tokens in it.
+
+    In half precision near ties fall either way, with the number of tokens in a pass. There ``greedy_match`` is that of
+    the same weights in float32 on the timed prompts, and ``half_precision_match`` the share at work.
     """
 
     def __init__(self, trial: Trial, model: PreTrainedModel, prompts: Tensor) -> None:
         self.trial, self.model, self.prompts = trial, model, prompts
         self.tree = TokenTree.likely(trial["nodes"], trial["heads"])
         self.new = trial["new_tokens"]
-        with quiet_transformers():
-            written = model.generate(  # type: ignore[operator]
-                prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=self.new,
-                eos_token_id=-1, pad_token_id=0,
-            )  # fmt: skip
-        self.reference = written[:, prompts.shape[1] :]
+        self.reference = self._written(model, prompts)
+        self.half = model.dtype != torch.float32
+        if self.half:
+            self.exact = in_precision(copy.deepcopy(model), torch.float32)
+            self.exact_prompts = prompts[: trial["timed_prompts"]]
+            self.exact_reference = self._written(self.exact, self.exact_prompts)
         self.sampled = sample(
             model, prompts, max_new_tokens=self.new, temperature=trial["temperature"], generator=self._generator()
         ).tokens
         trial.note("tree nodes", len(self.tree))
+
+    def _written(self, model: PreTrainedModel, prompts: Tensor) -> Tensor:
+        """What transformers' own greedy decoding goes on with, (P, T)."""
+        with quiet_transformers():
+            written = cast(Any, model).generate(
+                prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=self.new,
+                eos_token_id=-1, pad_token_id=0,
+            )  # fmt: skip
+        return cast(Tensor, written)[:, prompts.shape[1] :]
+
+    def _matches(self, tokens: Tensor, decode: Callable[[PreTrainedModel, Tensor], Tensor]) -> dict[str, float]:
+        """``greedy_match`` of tokens written by the model, or of another run of ``decode`` in float32."""
+        share = _share(tokens, self.reference)
+        if not self.half:
+            return {"greedy_match": share}
+        exact = decode(self.exact, self.exact_prompts)
+        return {"greedy_match": _share(exact, self.exact_reference), "half_precision_match": share}
 
     def _generator(self) -> torch.Generator:
         return self.trial.generator("sampling")
@@ -201,21 +261,25 @@ class Measure:
         return len(prompts) * self.new / (clock() - began)
 
     def autoregressive(self) -> dict[str, float]:
-        tokens = greedy(self.model, self.prompts, max_new_tokens=self.new).tokens
+        def decode(model: PreTrainedModel, prompts: Tensor) -> Tensor:
+            return greedy(model, prompts, max_new_tokens=self.new).tokens
+
         return {
             "tokens_per_forward": 1.0,
             "sampled_tokens_per_forward": 1.0,
-            "greedy_match": _share(tokens, self.reference),
-            "tokens_per_second": self._rate(lambda prompt: greedy(self.model, prompt, max_new_tokens=self.new)),
+            **self._matches(decode(self.model, self.prompts), decode),
+            "tokens_per_second": self._rate(lambda prompt: decode(self.model, prompt)),
             "modelled_speedup": 1.0,
         }
 
     def __call__(self, draft: Draft) -> tuple[dict[str, float], list[float]]:
-        def decode(prompts: Tensor, **settings: Any) -> Any:
-            return speculative_generate(self.model, draft, prompts, tree=self.tree, max_new_tokens=self.new, **settings)
+        def decode(model: PreTrainedModel, prompts: Tensor, **settings: Any) -> SpeculativeOutput:
+            return speculative_generate(model, draft, prompts, tree=self.tree, max_new_tokens=self.new, **settings)
 
-        best = decode(self.prompts)
-        drawn = decode(self.prompts, do_sample=True, temperature=self.trial["temperature"], generator=self._generator())
+        best = decode(self.model, self.prompts)
+        drawn = decode(
+            self.model, self.prompts, do_sample=True, temperature=self.trial["temperature"], generator=self._generator()
+        )
         text = torch.cat([self.prompts, self.reference], 1)
         accuracy = [100 * share for share in draft_accuracy(draft, self.model, text, start=self.prompts.shape[1])]
         weights = sum(parameter.numel() for parameter in self.model.parameters())
@@ -227,14 +291,15 @@ class Measure:
         metrics = {
             "tokens_per_forward": tau,
             "sampled_tokens_per_forward": drawn.stats.tokens_per_forward,
-            "greedy_match": _share(best.tokens, self.reference),
+            **self._matches(best.tokens, lambda model, prompts: decode(model, prompts).tokens),
             "sampled_match": _share(drawn.tokens, self.sampled),
-            "tokens_per_second": self._rate(decode),
+            "tokens_per_second": self._rate(lambda prompt: decode(self.model, prompt)),
             "modelled_speedup": modelled_speedup(
                 tau, draft_calls=self.tree.depth, draft_cost=per_call / weights, tree_cost=0.0
             ),
         }
-        return metrics | {f"accuracy_{step}": share for step, share in enumerate(accuracy, 1)}, accuracy
+        metrics |= {f"accuracy_{step}": share for step, share in enumerate(accuracy, 1)}
+        return metrics | {"accuracy_fall": accuracy[0] - accuracy[-1]}, accuracy
 
 
 def _share(tokens: Tensor, reference: Tensor) -> float:

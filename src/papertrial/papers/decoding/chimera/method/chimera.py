@@ -126,7 +126,7 @@ class ChimeraDraft(Draft):
             for head in heads:
                 head.weight.copy_(torch.cat([weight, weight], 1))
         self.heads = nn.ModuleList(heads)
-        self.to(weight)
+        self.to(device=weight.device, dtype=torch.float32)
         self.eval()
 
     def guess(self, step: int, hidden: Tensor, estimate: Tensor) -> Tensor:

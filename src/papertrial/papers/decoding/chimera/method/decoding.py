@@ -1,7 +1,7 @@
 """Draft a tree, verify it in one pass, keep the longest right path: the base model's own output, sooner."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,10 +88,7 @@ def speculative_generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     draft.check(tree)
-    if draft.vocabulary != model.get_output_embeddings().weight.shape[0]:
-        raise ValueError(
-            f"the draft knows {draft.vocabulary} tokens and the model {model.get_output_embeddings().weight.shape[0]}"
-        )
+    draft.check_base(model)
     ends = end_tokens(eos_token_id, input_ids.device)
     sampling: Sampling | None = None
     warp: Callable[[Tensor], Tensor] = lambda scores: scores  # noqa: E731
@@ -120,7 +117,8 @@ def speculative_decoding(draft: Draft, tree: TokenTree) -> Callable[..., Tensor]
     """A ``custom_generate`` for ``model.generate``, for one prompt at a time (as its assisted generation).
 
     Honours the logits processors (temperature and the like among them), ``do_sample``, stopping criteria and end tokens
-    that ``generate`` prepared; sampling uses torch's global generator, as ``generate`` does.
+    that ``generate`` prepared; sampling uses torch's global generator, as ``generate`` does. Of what ``generate`` can
+    return it has the ids only: beams, several sequences, scores, states and streaming are refused with a ValueError.
 
     >>> model.generate(ids, custom_generate=speculative_decoding(draft, tree), max_new_tokens=64)   # doctest: +SKIP
     """
@@ -133,12 +131,14 @@ def speculative_decoding(draft: Draft, tree: TokenTree) -> Callable[..., Tensor]
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Tensor:
+        _refuse(generation_config, model_kwargs)
         if len(input_ids) != 1:
             raise ValueError(
                 f"speculative decoding through generate takes one prompt at a time, got {len(input_ids)}: use "
                 "speculative_generate for batches"
             )
         draft.check(tree)
+        draft.check_base(model)
 
         def choose(scores: Tensor, rows: Tensor, made: Tensor) -> Tensor:
             if not generation_config.do_sample:
@@ -156,6 +156,25 @@ def speculative_decoding(draft: Draft, tree: TokenTree) -> Callable[..., Tensor]
         return torch.cat([input_ids, output.tokens], 1)
 
     return generate
+
+
+def _refuse(generation_config: Any, model_kwargs: Mapping[str, Any]) -> None:
+    """ValueError for what a caller of ``generate`` asked for and would not get."""
+    for name in ("num_beams", "num_return_sequences"):
+        if (getattr(generation_config, name, None) or 1) > 1:
+            raise ValueError(
+                f"speculative decoding follows one sequence: leave {name} at 1, got {getattr(generation_config, name)}"
+            )
+    outputs = ("scores", "logits", "attentions", "hidden_states")
+    for name in ("return_dict_in_generate", *(f"output_{output}" for output in outputs)):
+        if getattr(generation_config, name, None):
+            raise ValueError(f"speculative decoding returns token ids only: leave out {name}=True")
+    for name in ("streamer", "assistant_model"):
+        if model_kwargs.get(name) is not None:
+            raise ValueError(f"speculative decoding takes no {name}")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("speculative decoding reads the whole prompt itself: leave out past_key_values")
 
 
 @dataclass

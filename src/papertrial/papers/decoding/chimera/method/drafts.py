@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,11 @@ from papertrial.papers.decoding.chimera.method.trees import Level, TokenTree
 class DraftTree(NamedTuple):
     """A proposal for every row.
 
-    ``tokens`` (B, N) in the order of the tree's nodes; ``probs`` (B, N), the draft's probability of each among its
-    siblings' alternatives; ``distributions`` (B, N, V) what each token was sampled from, None where the best guesses
-    were taken.
+    ``tokens`` (B, N) in the order of the tree's nodes; ``distributions`` (B, N, V) what each token was sampled from,
+    None where the best guesses were taken.
     """
 
     tokens: Tensor
-    probs: Tensor
     distributions: Tensor | None
 
 
@@ -59,15 +57,13 @@ class DraftState(ABC):
         """Go on with these rows only."""
 
     def propose(self, root: Tensor, tree: TokenTree, sampling: Sampling | None = None) -> DraftTree:
-        """Draft a tree behind ``root`` (B,): the best guesses, or samples (``probs`` are then tempered as well)."""
-        probs: list[Tensor] = []
+        """Draft a tree behind ``root`` (B,): the best guesses, or samples."""
         distributions: list[Tensor] = []
         drafted = root
         for level, logits, drafted in self.expand(root, tree):
             parent_of, ranks = torch.tensor(level.parent_of), torch.tensor(level.ranks)
             parent_of, ranks = parent_of.to(root.device), ranks.to(root.device)
             if sampling is None:
-                q = logits.softmax(-1)
                 chosen = logits.topk(level.width, dim=-1).indices[:, parent_of, ranks]
             else:
                 q = (logits / sampling.temperature).softmax(-1)
@@ -76,12 +72,13 @@ class DraftState(ABC):
                 chosen = draws.to(root.device).unflatten(0, q.shape[:2])[:, parent_of, ranks]
                 distributions.append(q[:, parent_of])
             drafted[:, level.children] = chosen
-            probs.append(q[:, parent_of].gather(2, chosen[..., None])[..., 0])
-        return DraftTree(drafted, torch.cat(probs, 1), torch.cat(distributions, 1) if distributions else None)
+        return DraftTree(drafted, torch.cat(distributions, 1) if distributions else None)
 
 
 class Draft(nn.Module, ABC):
     """A draft model for one frozen base model.
+
+    Its weights are float32 whatever the base model's are: in bfloat16 most steps of training would be rounded away.
 
     Parameters
     ----------
@@ -144,6 +141,23 @@ class Draft(nn.Module, ABC):
             raise ValueError(f"the tree is {tree.depth} deep and the draft has {self.n_heads} heads")
         if max(level.width for level in tree.levels) > self.vocabulary:
             raise ValueError(f"a node of the tree has more children than the {self.vocabulary} tokens there are")
+
+    def check_base(self, model: nn.Module) -> None:
+        """ValueError if the draft was made for a base model of another vocabulary or width."""
+        vocabulary, width = cast(Tensor, unwrap(model).get_output_embeddings().weight).shape
+        if vocabulary != self.vocabulary:
+            raise ValueError(f"the draft knows {self.vocabulary} tokens and the model {vocabulary}")
+        if width != self.width:
+            raise ValueError(f"the draft reads states of width {self.width} and the model's have {width}")
+
+    def set_precision(self, dtype: torch.dtype) -> Self:
+        """Change the weights' precision, for decoding with a trained draft; returns the draft itself.
+
+        ``to(dtype)`` would round the frequencies of rotary positions as well.
+        """
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return self
 
     def parameter_count(self) -> int:
         """Trainable parameters, those of the base model not included."""

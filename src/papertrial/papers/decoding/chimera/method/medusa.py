@@ -55,7 +55,7 @@ class MedusaDraft(Draft):
             for head in heads:
                 head.weight.copy_(torch.cat([weight] * widening, 1))
         self.heads = nn.ModuleList(heads)
-        self.to(weight)
+        self.to(device=weight.device, dtype=torch.float32)
         self.eval()
 
     def guess(self, step: int, hidden: Tensor) -> Tensor:

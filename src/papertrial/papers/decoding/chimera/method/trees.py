@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from papertrial.lm.generation.tree import tree_mask
@@ -117,11 +116,6 @@ class TokenTree:
         return len(self.paths[-1])
 
     @property
-    def depths(self) -> list[int]:
-        """Depth of each node, from 1."""
-        return [len(path) for path in self.paths]
-
-    @property
     def rooted_parents(self) -> list[int]:
         """Parents with the root as node 0 (its own parent -1) and every other number one higher: what is verified."""
         return [-1] + [parent + 1 for parent in self.parents]
@@ -147,13 +141,3 @@ class TokenTree:
                 )
             )
         return levels
-
-    @cached_property
-    def branches(self) -> Tensor:
-        """Node numbers from the top to every leaf (leaves, depth), -1 behind the leaf."""
-        leaves = [n for n in range(len(self)) if n not in set(self.parents)]
-        table = torch.full((len(leaves), self.depth), -1, dtype=torch.long)
-        for row, leaf in enumerate(leaves):
-            path = self.attention_mask[leaf].nonzero()[:, 0]
-            table[row, : len(path)] = path
-        return table

@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from families import CORE, left_padded, random_ids, tiny_model
+from papertrial.lab.trial import Trial
 from papertrial.lm.datastore import ApproximateSearch, Datastore, ExactSearch, KeySite
+from papertrial.lm.models import Checkpoint, load
 from papertrial.lm.scoring import token_log_probs
+from papertrial.papers.decoding.knn_lm import experiment
 from papertrial.papers.decoding.knn_lm.method import (
     KEYS,
     NearestNeighbourLM,
@@ -181,6 +184,63 @@ def test_generation_takes_every_step_from_the_mixture(model, tmp_path):
     assert not torch.equal(plain, made.sequences), "otherwise the neighbours changed nothing here"
 
 
+@pytest.mark.parametrize("key", list(KEYS))
+def test_queries_of_a_long_text_have_the_contexts_of_the_stores_keys(model, key, tmp_path):
+    texts = random_ids(2, 40, seed=5).tolist()
+    store = build_datastore(model, texts, tmp_path, keys=[key], window=16, stride=6, dtype="float32")[key]
+    padded, mask = torch.tensor([texts[0], [0] * 11 + texts[1][:29]]), torch.ones(2, 40, dtype=torch.long)
+    mask[1, :11] = 0
+    nearest = NearestNeighbourLM(model, store, k=1, lam=1.0)
+    found = nearest.token_log_probs(padded, mask)
+    # every query meets its own entry, wherever in the text; without the store's windows only the first 15 do
+    assert torch.equal(found, torch.zeros_like(found))
+    alone = NearestNeighbourLM(model, store, k=1, lam=0.0).token_log_probs(padded, mask)
+    assert (alone[1, :11] == 0).all()
+    row = padded[0]
+    with torch.no_grad():
+        for place in (
+            14,
+            15,
+            20,
+            21,
+            27,
+            38,
+        ):  # the window that holds a target first starts at a multiple of the stride
+            start = max(0, -(-(place + 2 - 16) // 6) * 6)
+            expected = model(row[None, start : place + 1]).logits[0, -1].log_softmax(-1)[row[place + 1]]
+            assert float(alone[0, place]) == pytest.approx(float(expected), abs=1e-4)
+    short = NearestNeighbourLM(model, store, k=5, lam=0.3)
+    torch.testing.assert_close(
+        short.token_log_probs(padded)[:1, :15], short.token_log_probs(padded[:1, :16]), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_generation_beyond_the_stores_window_is_refused(tmp_path):
+    model = tiny_model("llama")
+    store = build_datastore(model, random_ids(2, 30).tolist(), tmp_path, window=12)["ffn_input"]
+    knn = NearestNeighbourLM(model, store, k=5)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    with knn.processor() as processor:
+        made = model.generate(random_ids(1, 8), logits_processor=[processor], max_new_tokens=4, **options)
+        assert made.shape == (1, 12)
+        with pytest.raises(ValueError, match="at most 11 tokens of context and the text is 12 long"):
+            model.generate(random_ids(1, 8), logits_processor=[processor], max_new_tokens=5, **options)
+
+
+def test_a_store_of_other_weights_is_refused(tmp_path):
+    model = tiny_model("llama")
+    store = build_datastore(model, random_ids(2, 30).tolist(), tmp_path, window=64)["ffn_input"]
+    NearestNeighbourLM(tiny_model("llama"), store, k=5)  # the same checkpoint loaded again
+    for other in (tiny_model("llama", seed=1), tiny_model("llama").to(torch.bfloat16)):
+        with pytest.raises(ValueError, match="built with other weights"):
+            NearestNeighbourLM(other, store, k=5)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    with pytest.raises(ValueError, match="built with other weights"):
+        NearestNeighbourLM(model, store.subset(np.arange(10)), k=5)
+    NearestNeighbourLM(model, random_store(), k=5)  # arrays say nothing about where they come from
+
+
 def test_any_search_serves_and_beams_are_followed(tmp_path):
     model = tiny_model("qwen2")
     store = build_datastore(model, random_ids(12, 40, seed=5).tolist(), tmp_path, window=64)["ffn_input"]
@@ -314,3 +374,57 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(ValueError, match="were taken at"):
         NearestNeighbourLM(model, built, key="hidden", k=1)
     assert NearestNeighbourLM(model, built, k=1).site == KeySite("ffn_in", -1)
+
+
+# -- the experiment ----------------------------------------------------------------------------------------------
+
+
+def small_trial(**changes):
+    reduced = {"training_documents": 2, "document_tokens": 40, "temperatures": [1, 10], "neighbours": [4, 16]}
+    return Trial(
+        "knn_lm", "smoke", 0, {**experiment.SCALES["smoke"], **reduced, **changes.pop("parameters", {})}, **changes
+    )
+
+
+def test_votes_of_fewer_neighbours_are_those_of_a_search_for_so_many():
+    trial, store = small_trial(), random_store()
+    splits = [
+        experiment.Split({"ffn_input": randn(6, 32, seed=s)}, torch.arange(6) + s, torch.zeros(6)) for s in (1, 2)
+    ]
+    search = ExactSearch(store.keys)
+    found = tuple(search.search(split.states["ffn_input"], 16) for split in splits)
+    votes = experiment._votes(trial, store, found, *splits)
+    assert set(votes) == {(k, tau) for k in (4, 16) for tau in (1, 10)}
+    for (k, tau), log_probs in votes.items():
+        for split, got in zip(splits, log_probs, strict=True):
+            near = search.search(split.states["ffn_input"], k)
+            expected = knn_log_probs(near.scores, values_of(store, near), VOCABULARY, tau)
+            torch.testing.assert_close(got, expected[torch.arange(6), split.targets])
+
+
+def test_training_loss_of_a_word_is_the_sum_over_its_places(tmp_path):
+    model, texts = tiny_model("llama"), random_ids(3, 30)
+    stores = build_datastore(model, texts.tolist(), tmp_path, keys=["hidden"], window=64, dtype="float32")
+    found = experiment._training_loss(Checkpoint(model, None, "tiny", tmp_path), stores["hidden"], VOCABULARY)
+    with torch.no_grad():
+        nll = -model(texts).logits[:, :-1].log_softmax(-1).gather(2, texts[:, 1:, None])[..., 0]
+    expected = torch.zeros(VOCABULARY).index_add_(0, texts[:, 1:].flatten(), nll.flatten())
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_trial_on_a_users_model_says_that_the_datastore_may_be_new_to_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPERTRIAL_HOME", str(tmp_path / "home"))
+    tokenizer = load("house:prose").tokenizer
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "mine")
+    tokenizer.save_pretrained(tmp_path / "mine")
+    trial = small_trial(model=str(tmp_path / "mine"))
+    results = experiment.run(trial)
+    assert "need not have been trained on" in trial.notes["datastore"]
+    assert {"knn_ffn_input", "overparameterized_head", "head_2_rows_by_loss", "base_continued"} <= set(results)
+    assert {"knn_ffn_input: neighbours", "knn_ffn_input: temperature", "base_continued: learning rate"} <= set(
+        trial.notes
+    )
+    one = {"neighbours": [16], "heads": [["overparameterized_head", 3, "frequency", [1e-2]]], "continued_lrs": [1e-3]}
+    house = small_trial(parameters=one)
+    experiment.run(house)
+    assert "datastore" not in house.notes

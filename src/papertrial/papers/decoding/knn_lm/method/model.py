@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from papertrial.lm.anatomy import anatomy, body, read_out
-from papertrial.lm.datastore import Datastore, ExactSearch, KeySite, Neighbours
+from papertrial.lm.datastore import Datastore, ExactSearch, KeySite, Neighbours, target_states
+from papertrial.lm.datastore.building import model_digest
 from papertrial.lm.generation import evaluating
 from papertrial.lm.hooks import Recording, record
 from papertrial.lm.scoring import scored_positions
@@ -25,6 +26,9 @@ class Search(Protocol):
 
 class NearestNeighbourLM:
     """p = (1 - lam) p_LM + lam p_kNN.
+
+    Queries have the contexts that the keys had: of a store with a recipe, texts beyond its window are scored in the
+    windows in which the store was written, and generation ends where the window does.
 
     Parameters
     ----------
@@ -44,7 +48,8 @@ class NearestNeighbourLM:
     Raises
     ------
     ValueError
-        Keys of another width than the model's activations, values out of range, a store of another kind of key.
+        Keys of another width than the model's activations, values out of range, a store of another kind of key, or one
+        that was built with other weights.
     """
 
     def __init__(
@@ -67,11 +72,18 @@ class NearestNeighbourLM:
             raise ValueError(f"lam must lie in [0, 1], got {lam}")
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        built_with = store.recipe.get("model")
+        if built_with is not None and model_digest(model) != built_with:
+            raise ValueError(
+                "the store was built with other weights than this model's, or with the same in another precision: its "
+                "keys are not this model's activations; build it anew"
+            )
         self.model, self.store = model, store
         self.search = ExactSearch(store.keys) if search is None else search
         self.site = _site(key, store)
         self.layer = None if self.site.layer is None else self.site.layer % len(parts.blocks)
         self.k, self.lam, self.temperature = k, lam, temperature
+        self.window: int | None = store.recipe.get("window")
 
     def knn_log_probs(self, states: Tensor) -> Tensor:
         """log p_kNN (B, V) float32 of query states (B, D), on their device."""
@@ -82,17 +94,43 @@ class NearestNeighbourLM:
 
     @torch.no_grad()
     def token_log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """log p(token t+1 | tokens up to t) of the mixture, (B, T - 1) float32 nats; 0 where there is padding."""
+        """log p(token t+1 | tokens up to t) of the mixture, (B, T - 1) float32 nats; 0 where there is padding.
+
+        Rows longer than the store's window are read in windows of its stride, by the model and for the neighbours.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        windowed = self.window is not None and bool((attention_mask.sum(-1) > self.window).any())
+        scored, states, hidden, targets = (self._by_windows if windowed else self._at_once)(input_ids, attention_mask)
+        result = torch.zeros(scored.shape, dtype=torch.float32, device=scored.device)
+        if not bool(scored.any()):
+            return result
+        lm = read_out(self.model, hidden).float().log_softmax(-1)
+        mixed = interpolate(lm, self.knn_log_probs(states), self.lam)
+        return result.masked_scatter(scored, mixed.gather(1, targets[:, None])[:, 0])
+
+    def _at_once(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Which places are scored (B, T - 1), and of each its query (N, D), its final state (N, D) and its token."""
         with evaluating(self.model), record(self.model, [self.site.site], layers=self._layers) as seen:
             inputs, ids, mask = forward_inputs(self.model, input_ids, attention_mask)
             hidden = body(self.model)(**inputs).last_hidden_state
         scored = scored_positions(mask)
-        result = torch.zeros(scored.shape, dtype=torch.float32, device=ids.device)
-        if not bool(scored.any()):
-            return result
-        lm = read_out(self.model, hidden[:, :-1][scored]).float().log_softmax(-1)
-        mixed = interpolate(lm, self.knn_log_probs(self._states(seen)[:, :-1][scored]), self.lam)
-        return result.masked_scatter(scored, mixed.gather(1, ids[:, 1:][scored][:, None])[:, 0])
+        return scored, self._states(seen)[:, :-1][scored], hidden[:, :-1][scored], ids[:, 1:][scored]
+
+    def _by_windows(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same from the windows that the store would have cut."""
+        recipe = self.store.recipe
+        rows = [row[mask.bool()] for row, mask in zip(input_ids, attention_mask, strict=True)]
+        parts = list(
+            target_states(
+                self.model, rows, {"query": self.site, "hidden": KEYS["hidden"]}, window=recipe["window"],
+                stride=recipe["stride"], batch_size=recipe["batch_size"],
+            )
+        )  # fmt: skip
+        query, hidden = (torch.cat([part.states[name] for part in parts]) for name in ("query", "hidden"))
+        targets = torch.cat([part.targets for part in parts])
+        scored = scored_positions(attention_mask).to(targets.device)
+        return scored, query, hidden.to(self.model.dtype), targets
 
     @contextlib.contextmanager
     def processor(self) -> Iterator["KNNLogitsProcessor"]:
@@ -115,7 +153,13 @@ class KNNLogitsProcessor(LogitsProcessor):
         self.knn, self.seen = knn, seen
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(B, V) logits of the last position to log p (B, V)."""
+        """(B, V) logits of the last position to log p (B, V); ValueError beyond the store's window."""
+        window = self.knn.window
+        if window is not None and input_ids.shape[1] >= window:
+            raise ValueError(
+                f"the store's keys have at most {window - 1} tokens of context and the text is {input_ids.shape[1]} "
+                "long: build the store with a longer window, or generate less"
+            )
         states = self.knn._states(self.seen)[:, -1]
         if len(states) != len(scores):
             raise ValueError(f"the model's last forward pass had {len(states)} rows, the logits have {len(scores)}")

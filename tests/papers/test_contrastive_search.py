@@ -1,11 +1,15 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import normalize
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from families import CORE, tiny_model
+from papertrial.lab.trial import Trial
 from papertrial.lm.generation import left_pad
 from papertrial.papers.decoding.contrastive_search import method
+from papertrial.papers.decoding.contrastive_search.experiment import _lengths, bisect
 from papertrial.papers.decoding.contrastive_search.method import (
     contrastive_generate,
     contrastive_search,
@@ -238,3 +242,52 @@ def test_isotropy_refuses_what_it_cannot_measure():
         isotropy(tiny_model("gpt2"), ["a text"])
     with pytest.raises(ValueError, match="texts is empty"):
         isotropy(tiny_model("gpt2"), [])
+
+
+def test_isotropy_reads_no_further_than_the_position_table():
+    model = tiny_model("gpt2", n_positions=12)
+    ids = torch.randint(5, 40, (30,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert isotropy(model, [ids]) == isotropy(model, [ids[:12]])
+
+
+def test_a_state_space_model_is_run_anew_for_each_candidate():
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.5)
+    mamba = MambaForCausalLM(config).eval()
+    ids = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    both = contrastive_search(mamba, ids, mask, k=4, alpha=0.6, max_new_tokens=5)
+    for row, prompt in zip(both, (ids[0, 2:], ids[1]), strict=True):
+        assert row[-5:].tolist() == naive(mamba, prompt.tolist(), 4, 0.6, 5)[-5:]
+
+
+def test_an_encoder_decoder_is_refused():
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+    with pytest.raises(ValueError, match="does not generate text: give a decoder"):
+        contrastive_search(T5ForConditionalGeneration(T5Config(**sizes)), torch.ones(1, 3).long(), max_new_tokens=2)
+
+
+def test_a_dial_is_bisected_towards_its_target():
+    tried = []
+
+    def diversity(value):
+        tried.append(value)
+        return {"diversity": 100 * value}
+
+    found = bisect(diversity, 0.2, 0.8, 57.0, 6, whole=False)
+    assert tried == pytest.approx([0.5, 0.65, 0.575, 0.5375, 0.55625, 0.565625])
+    assert min(found, key=lambda v: abs(found[v]["diversity"] - 57.0)) == pytest.approx(0.565625)
+    assert list(bisect(lambda k: {"diversity": k}, 2, 200, 9.0, 20, whole=True)) == [20, 6, 11, 8, 9]
+
+
+def test_the_experiment_fits_into_a_short_position_table(tmp_path):
+    parameters = {"prefix_tokens": 32, "new_tokens": 96}
+    trial = Trial("contrastive_search", "smoke", 0, parameters, scratch=tmp_path)
+
+    def lengths(positions):
+        return _lengths(trial, SimpleNamespace(model=tiny_model("gpt2", n_positions=positions)))
+
+    assert lengths(512) == (32, 128)
+    assert lengths(64) == (16, 64)
+    with pytest.raises(ValueError, match="holds 12 positions"):
+        lengths(12)

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from papertrial.lm.anatomy import position_limit
+from papertrial.lm.cache import new_cache
 from papertrial.lm.generation import StepDecoder, evaluating, left_pad, position_ids
 from papertrial.lm.generation.tree import can_look_ahead, look_ahead
 
@@ -73,7 +75,8 @@ def contrastive_search(
     pad_token_id
         Fills ended rows; default the model's, else the first end token.
     use_cache
-        False runs the whole sequence anew for each candidate: for models whose state cannot be branched (state-space).
+        False runs the whole sequence anew for each candidate. So it is in any case for models whose state is not keys
+        and values (state-space models), which cannot be repeated and taken back.
 
     Returns
     -------
@@ -121,7 +124,8 @@ def scored_contrastive_search(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     ends = _as_ends(eos_token_id, input_ids.device)
     with evaluating(model), torch.no_grad():
-        decoder = StepDecoder(model, input_ids, attention_mask, use_cache=use_cache, keep_hidden=True)
+        cached = use_cache and _keeps_keys_and_values(model)
+        decoder = StepDecoder(model, input_ids, attention_mask, use_cache=cached, keep_hidden=True)
         ends = ends.to(decoder.input_ids.device)
         pad = _pad_token(model, pad_token_id, ends)
         tokens: list[Tensor] = []
@@ -161,10 +165,9 @@ def contrastive_generate(
     sequences = input_ids
     alive = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     with evaluating(model), torch.no_grad():
-        decoder = StepDecoder(
-            model, input_ids, model_kwargs.get("attention_mask"), use_cache=model_kwargs.get("use_cache") is not False,
-            keep_hidden=True,
-        )  # fmt: skip
+        cached = model_kwargs.get("use_cache") is not False and _keeps_keys_and_values(model)
+        mask = model_kwargs.get("attention_mask")
+        decoder = StepDecoder(model, input_ids, mask, use_cache=cached, keep_hidden=True)
         for choice in _steps(decoder, k, alpha, None, logits_processor):
             sequences = torch.cat([sequences, choice.token.masked_fill(~alive, pad)[:, None]], 1)
             alive = alive & ~torch.isin(choice.token, ends) & ~stopping_criteria(sequences, None)
@@ -231,8 +234,17 @@ def _check(model: PreTrainedModel, k: int, alpha: float) -> None:
         raise ValueError(f"k must lie between 1 and the vocabulary of {vocabulary}, got {k}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    if model.get_output_embeddings() is None or not model.can_generate():
+    headless = model.get_output_embeddings() is None or not model.can_generate()
+    if headless or getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} does not generate text: give a decoder with a language-model head")
+
+
+def _keeps_keys_and_values(model: PreTrainedModel) -> bool:
+    try:
+        new_cache(model)
+    except ValueError:
+        return False
+    return True
 
 
 def _as_ends(eos_token_id: int | Sequence[int] | Tensor | None, device: torch.device) -> Tensor:
@@ -321,7 +333,7 @@ def isotropy(
     texts
         Strings (then ``tokenizer`` is needed; it adds BOS where its family uses one), or lists of token ids.
     max_length
-        Longer texts are cut there, as in the paper's measurement.
+        Longer texts are cut there, as in the paper's measurement, or where the model's position table ends.
 
     Returns
     -------
@@ -330,6 +342,7 @@ def isotropy(
     """
     if len(texts) == 0:
         raise ValueError("texts is empty: give at least one")
+    max_length = min(max_length, position_limit(model) or max_length)
     if isinstance(texts[0], str):
         if tokenizer is None:
             raise ValueError("texts are strings: give the model's tokenizer as well")

@@ -1,9 +1,10 @@
 import itertools
 import math
+import unicodedata
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast
 
 from families import CORE, tiny_model
@@ -23,7 +24,9 @@ from papertrial.papers.tokenization.byte_level_probabilities.method import (
     plain_next_byte,
     token_healing,
 )
+from papertrial.papers.tokenization.byte_level_probabilities.method.pairs import Pairs
 from papertrial.papers.tokenization.byte_level_probabilities.method.prefixes import run_prefixes
+from papertrial.papers.tokenization.byte_level_probabilities.method.shapes import Alphabet, UnknownPattern
 
 TEXT = (
     "def retrieve(self, entry):\n    for node in self.children:\n        if node.value == entry:\n"
@@ -82,7 +85,7 @@ def lms(words):
 
     def make(family):
         if family not in found:
-            found[family] = ByteLevelLM(model_for(words, family), words)
+            found[family] = ByteLevelLM(model_for(words, family), words, renormalise=True)
         return found[family]
 
     return make
@@ -152,7 +155,7 @@ def enumerate_texts(model, tokenizer, begins, whole, depth):
 def test_equals_the_sum_over_all_token_strings(case):
     tokenizer, alphabet, depth, longest, before = CASES[case]
     model = model_for(tokenizer)
-    lm, view = ByteLevelLM(model, tokenizer), TokenBytes(tokenizer)
+    lm, view = ByteLevelLM(model, tokenizer, renormalise=True), TokenBytes(tokenizer)
     begins, whole = encodings(tokenizer, alphabet, depth, longest)
     finished, open_ = enumerate_texts(model, tokenizer, begins, whole, depth)
     spelled = [(b"".join(view.bytes_of(v) for v in t), mass, True) for t, mass in finished]
@@ -264,8 +267,7 @@ def test_a_state_can_be_branched_from_and_selected(lms):
 def test_a_sliding_window_and_a_model_without_cache_give_the_same(words):
     model = model_for(words, "mistral", sliding_window=5)
     lm = ByteLevelLM(model, words)
-    uncached = ByteLevelLM(model, words)
-    uncached._caching = False
+    uncached = ByteLevelLM(model, words, caching=False)
     text = TEXT[:30]
     state, other = lm.start([text[:9], text[:20]]), uncached.start([text[:9], text[:20]])
     for step in range(8):
@@ -346,10 +348,10 @@ def test_blanks_before_a_word_without_merge_keep_their_probability():
     assert float(off.next_byte_logprobs(off.start("a  "))[ord("b")]) > -8
 
 
-def test_without_renormalising_it_is_the_plain_sum_over_covers():
+def test_the_default_is_the_paper_s_sum_over_covers_normalised_once():
     tokenizer = CASES["plain BPE"][0]
     model = model_for(tokenizer)
-    lm = ByteLevelLM(model, tokenizer, renormalise=False)
+    lm = ByteLevelLM(model, tokenizer)
     state = lm.start("aa")
 
     def token_probability(ids):
@@ -357,13 +359,19 @@ def test_without_renormalising_it_is_the_plain_sum_over_covers():
             log_probs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         return float(log_probs.gather(1, torch.tensor(ids)[1:, None]).sum().exp())
 
+    covers = [c.ids for c in lm.cover("aa")]
     masses = {n: sum(token_probability(c.ids) for c in lm.cover("aa" + n)) for n in "ab"}
     ended = token_probability([*encode_prompt(lm, "aa"), tokenizer.eos_token_id])
     total = sum(masses.values()) + ended
     found = lm.next_byte_logprobs(state).exp()
     assert float(found[ord("a")]) == pytest.approx(masses["a"] / total, abs=1e-12)
     assert float(found[END]) == pytest.approx(ended / total, abs=1e-12)
-    proper = ByteLevelLM(model, tokenizer)
+    assert lm.logprob(b"b", b"aa") == pytest.approx(math.log(masses["b"] / sum(map(token_probability, covers))))
+    state = lm.advance(lm.advance(state, ord("b")), ord("a"))
+    torch.testing.assert_close(
+        lm.next_byte_logprobs(state), lm.next_byte_logprobs(lm.start("aaba")), atol=1e-12, rtol=0
+    )
+    proper = ByteLevelLM(model, tokenizer, renormalise=True)
     assert not torch.allclose(found, proper.next_byte_logprobs(proper.start("aa")).exp(), atol=1e-3)
 
 
@@ -443,6 +451,192 @@ def test_masks_agree_with_single_answers_and_are_remembered(words):
         assert mask.tolist() == [fresh.accepts(tail, token) for token in range(validity.tokens.size)]
         assert validity.mask(tail) is mask
         assert not mask[:3].any()
+
+
+PATTERNS = {
+    "built in": None,
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+    "with case": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+|\p{L}+",
+    "ranges": r"[!\"#'()*+,\-./:;<=>?\[\\\]^_]?[A-Za-z]+|'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+|\p{N}",
+    "looks back": r"(?<=a)b|\p{L}+|[^\p{L}]",
+    "none": "",
+}
+"""How published decoders cut texts, one that no decoder has, and nothing."""
+ATOMS = [
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "'",
+    "\u2019",
+    "s",
+    "re",
+    "LL",
+    "'S",
+    "a",
+    "B",
+    "foo",
+    "Foo",
+    "12",
+    "!",
+    "?.",
+    "/",
+    "\u00a0",
+]
+ATOMS += ["é", "e\u0301", "x\u0301", "日", "ひ", "ß", "🙂", "_", " A", " !", "aa", "aaa"]
+
+
+def drawn_text(g, longest):
+    count = int(torch.randint(longest + 1, (1,), generator=g))
+    return "".join(ATOMS[i] for i in torch.randint(len(ATOMS), (count,), generator=g).tolist())
+
+
+def trained(pattern, g, *, normal=False, words_first=False, size=620):
+    backend = Tokenizer(models.BPE(ignore_merges=words_first))
+    own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    backend.pre_tokenizer = own
+    if pattern:
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), own])
+    names = ["<pad>", "<bos>", "<eos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=names, initial_alphabet=own.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator([drawn_text(g, 40) for _ in range(1200)], trainer)
+    if normal:
+        backend.normalizer = normalizers.NFC()
+    return wrapped(backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+@pytest.mark.parametrize("normal", [False, True])
+@pytest.mark.parametrize("words_first", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_whole_masks_are_what_asking_token_by_token_gives(pattern, words_first, normal):
+    g = torch.Generator().manual_seed(11)
+    view = TokenBytes(trained(PATTERNS[pattern], g, normal=normal, words_first=words_first))
+    assert view.composed == normal
+    assert view.words_first == words_first
+    bulk, slow = Validity(view), Validity(view)
+    answers = set()
+    for _ in range(12):
+        ids, tail = view.encode_bytes(unicodedata.normalize("NFC", drawn_text(g, 6)).encode()), ()
+        for token in ids[: int(torch.randint(len(ids) + 1, (1,), generator=g))]:
+            tail = slow.tail((*tail, token))
+        mask = bulk.mask(tail).tolist()
+        asked = [slow.accepts(tail, token) for token in range(view.size)]
+        assert mask == asked, [view.bytes_of(t) for t in tail]
+        answers |= set(asked)
+    assert answers == {True, False}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whole_masks_of_small_and_sentencepiece_vocabularies(case):
+    view = TokenBytes(CASES[case][0])
+    bulk, slow = Validity(view), Validity(view)
+    for length in range(3):
+        for sequence in itertools.product([t for t in range(view.size) if view.bytes_of(t)], repeat=length):
+            tail = slow.tail(sequence)
+            if all(slow.accepts(slow.tail(sequence[:k]), sequence[k]) for k in range(length)):
+                assert bulk.mask(tail).tolist() == [slow.accepts(tail, token) for token in range(view.size)]
+
+
+def test_neighbours_are_those_that_the_merges_leave_apart():
+    g = torch.Generator().manual_seed(2)
+    view = TokenBytes(trained("", g, size=500))
+    pairs = Pairs(view)
+    textual = [t for t in range(view.size) if view.bytes_of(t)]
+    for u in [textual[i] for i in torch.randperm(len(textual), generator=g)[:60].tolist()]:
+        expected = [
+            bool(view.bytes_of(v)) and view.cut(view.spell(view.bytes_of(u) + view.bytes_of(v))) == (u, v)
+            for v in range(view.size)
+        ]
+        assert pairs.follows(u).tolist() == expected
+    assert not pairs.unsure.any()
+
+
+def test_merges_in_an_order_that_no_training_gives_are_asked_for_one_by_one():
+    # "ab" is made after the merge that uses it has had its turn
+    odd = bpe(["a", "b", "c", "ab", "abc", "bc"], [("ab", "c"), ("b", "c"), ("a", "b"), ("a", "bc")])
+    view = TokenBytes(odd)
+    assert view.merges.shape == (4, 3)
+    bulk, slow = Validity(view), Validity(view)
+    for tail in [(), *((t,) for t in range(3, view.size))]:
+        assert bulk.mask(tail).tolist() == [slow.accepts(tail, token) for token in range(view.size)]
+    reverse = bpe(["a", "b", "c", "ab", "abc"], [("ab", "c"), ("a", "b")])
+    assert Pairs(TokenBytes(reverse)).unsure.tolist() == [False] * 7 + [True]
+
+
+def test_shapes_tell_apart_what_a_pattern_names():
+    parts = [{"type": "Split", "pattern": {"Regex": PATTERNS["llama3"]}}]
+    letters = set("abreéX1! \r'日")
+    alphabet = Alphabet(parts, letters)
+    same = lambda a, b, quote=False: alphabet.shape(a, after_quote=quote) == alphabet.shape(b, after_quote=quote)  # noqa: E731
+    assert same("re", "ab")
+    assert same("ré", "X日")
+    assert not same("ab", "a1")
+    assert not same("a\r", "a ")
+    assert not same("re", "ab", quote=True)
+    assert same("abre", "abab", quote=True)
+    assert not same("'re", "'ab")
+    assert same("1", "1")
+    for pattern in (r"(?<=a)b", r"(?i)ab", r"[a-z&&[^b]]", r"\bfoo", r"[[a]b]"):
+        with pytest.raises(UnknownPattern):
+            Alphabet([{"type": "Split", "pattern": {"Regex": pattern}}], letters)
+    with pytest.raises(UnknownPattern):
+        Alphabet([{"type": "UnicodeScripts"}], letters)
+
+
+# -- composed text ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def composing():
+    tokenizer = train_bpe(["cafe e\u0301 é naïve x\u0301 \uac00 \u1100\u1161\u11a8 " * 30], 360)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def test_under_nfc_no_sequence_counts_that_the_encoder_would_compose(composing):
+    validity = Validity(TokenBytes(composing))
+    encode = validity.tokens.encode_bytes
+    bytes_ = lambda text: tuple(validity.tokens.ids_of[bytes([byte])][0] for byte in text.encode())  # noqa: E731
+    cases = (("e", "\u0301"), ("\uac00", "\u11a8"), ("a\u0323", "\u0301"), ("a\u0301", "\u0323"))
+    for base, mark in cases:  # marks that compose, jamo, a mark after another, a mark that belongs before another
+        start = tuple(encode(unicodedata.normalize("NFC", base).encode()))
+        tail, fits = validity.tail(start), []
+        for token in bytes_(mark):
+            fits.append(validity.accepts(tail, token))
+            assert bool(validity.mask(tail)[token]) == fits[-1]
+            tail = validity.tail((*tail, token))
+        assert not all(fits)
+    tail = ()
+    for token in encode("x\u0301 e\u0305".encode()):  # these have no composed form
+        assert validity.accepts(tail, token)
+        assert validity.mask(tail)[token]
+        tail = validity.tail((*tail, token))
+    whole = {t for t in range(validity.tokens.size) if validity.tokens.bytes_of(t) == "\u0301".encode()}
+    for token in whole:
+        assert not validity.mask(validity.tail(tuple(encode(b"cafe"))))[token]
+        assert not validity.accepts(validity.tail(tuple(encode(b"cafe"))), token)
+
+
+def test_under_nfc_probabilities_keep_to_composed_text(composing):
+    lm = ByteLevelLM(model_for(composing, "qwen2"), composing)
+    with pytest.raises(ValueError, match="NFC"):
+        lm.start("cafe\u0301")
+    state = lm.start("caf")
+    for byte in b"e" + "\u0301".encode()[:1]:
+        state = lm.advance(state, byte)
+    found = lm.next_byte_logprobs(state).exp()
+    assert float(found.sum()) == pytest.approx(1.0)
+    assert float(found[0x81]) == 0.0  # e with an acute is written as one character
+    assert float(found[0x85]) > 0.0  # e with an overline has no such character
+    composed = lm.start("caf\u00e9")
+    assert composed.texts == ["caf\u00e9".encode()]
+    with pytest.raises(ValueError, match="probability zero"):
+        lm.advance(state, 0x81)
 
 
 # -- unfinished characters ---------------------------------------------------------------------------------------
@@ -680,8 +874,25 @@ def test_bad_texts_are_refused(lms, words):
         lm.start(b"a\xff")
     with pytest.raises(ValueError, match="empty list"):
         lm.start([])
-    with pytest.raises(TypeError, match="str or bytes"):
+    with pytest.raises(TypeError, match="text must hold str or bytes only, got int: 3"):
         lm.start([3])
+    with pytest.raises(TypeError, match="text must be str or bytes, or a list of them; got NoneType"):
+        lm.start(None)
+    for process in (lm, ByteEnsemble([lm])):
+        with pytest.raises(TypeError, match=r"text must be bytes.*got str: 'ieve'"):
+            process.logprob("ieve", b"def retr")
+        with pytest.raises(TypeError, match=r"context must be bytes.*got str: 'def retr'"):
+            process.logprob(b"ieve", "def retr")
+        with pytest.raises(TypeError, match="text must hold bytes only, got str"):
+            process.logprob([b"ieve", "x"], b"def retr")
+        with pytest.raises(ValueError, match="1 texts and 2 contexts"):
+            process.logprob(b"ieve", [b"a", b"b"])
+        with pytest.raises(ValueError, match="text is an empty list"):
+            process.generate([], 4)
+    with pytest.raises(ValueError, match=r"prefix_ids must lie in 0 \.\. 329.*\[99999\]"):
+        lm.start("def", prefix_ids=[99999])
+    with pytest.raises(ValueError, match="another tokenizer"):
+        ByteLevelLM(model_for(byte_tokenizer()), byte_tokenizer(), lm.validity)
     with pytest.raises(ValueError, match=r"0 \.\. 255"):
         lm.advance(lm.start("a"), 256)
     with pytest.raises(ValueError, match="one for each"):

@@ -12,14 +12,15 @@ from transformers import LogitsProcessor
 
 from papertrial.lm.anatomy import device_of
 from papertrial.lm.generation import left_pad
-from papertrial.papers.tokenization.byte_level_probabilities.method.byte_lm import ByteLevelLM, Text, _whole_characters
+from papertrial.papers.tokenization.byte_level_probabilities.method.byte_lm import ByteLevelLM
+from papertrial.papers.tokenization.byte_level_probabilities.method.characters import Text, listed, whole_characters
 from papertrial.papers.tokenization.byte_level_probabilities.method.covers import END
 from papertrial.papers.tokenization.byte_level_probabilities.method.prefixes import run_prefixes
 
 
 def encode_prompt(lm: ByteLevelLM, text: Text, prefix_ids: Sequence[int] | None = None) -> list[int]:
     """The ids that one would feed: the beginning-of-sequence token and the encoding of ``text`` as it stands."""
-    whole, partial = _whole_characters(text)
+    whole, partial = whole_characters(text)
     if partial:
         raise ValueError(f"the text ends inside a character ({partial!r}); an encoder takes whole characters only")
     return [*(lm.bos if prefix_ids is None else prefix_ids), *lm.tokens.encode_bytes(whole)]
@@ -35,7 +36,7 @@ def plain_next_byte(lm: ByteLevelLM, text: Text | Sequence[Text]) -> Tensor:
     Tensor
         (257,) or (B, 257) float64, normalised over bytes and the end; other special tokens are left out.
     """
-    texts, single = _listed(text)
+    texts, single = listed("text", text, (str, bytes))
     sequences = [encode_prompt(lm, one) for one in texts]
     _not_empty(sequences)
     logits = run_prefixes(lm.model, sequences, caching=False).logits[:, -1]
@@ -48,7 +49,7 @@ def healed_next_byte(lm: ByteLevelLM, text: Text | Sequence[Text]) -> Tensor:
     """Next-byte log-probabilities under token healing: the last token is taken back and sampled again among the tokens
     that begin with its bytes. Where the same token is drawn, the next one decides. Shapes as in the plain estimate.
     """
-    texts, single = _listed(text)
+    texts, single = listed("text", text, (str, bytes))
     sequences = [encode_prompt(lm, one) for one in texts]
     _not_empty([sequence[:-1] for sequence in sequences])
     logits = run_prefixes(lm.model, sequences, caching=False).logits[:, -2:].to("cpu", torch.float64).log_softmax(-1)
@@ -68,7 +69,7 @@ def _first_bytes(lm: ByteLevelLM, log_probs: Tensor, begun: Sequence[bytes]) -> 
     table = lm.vocabulary.table
     found = torch.full((len(log_probs), END + 1), -torch.inf, dtype=torch.float64)
     for row, start in enumerate(begun):
-        ids = lm._running_past(start)
+        ids = lm.vocabulary.running_past(start)
         if len(ids):
             masses = log_probs[row, ids]
             top = masses.max()
@@ -125,26 +126,18 @@ def token_healing(lm: ByteLevelLM, text: Text | Sequence[Text]) -> HealedPrompt:
     ValueError
         If nothing is left of a prompt.
     """
-    texts, _ = _listed(text)
+    texts, _ = listed("text", text, (str, bytes))
     sequences = [encode_prompt(lm, one) for one in texts]
     _not_empty([sequence[:-1] for sequence in sequences])
     size = lm.model.get_output_embeddings().weight.shape[0]
     allowed = torch.zeros(len(texts), size, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
         last = lm.tokens.bytes_of(sequence[-1]) or b""
-        allowed[row, lm._running_past(last)] = True
+        allowed[row, lm.vocabulary.running_past(last)] = True
         allowed[row, list(lm.tokens.ids_of[last])] = True
     ids, mask = left_pad([sequence[:-1] for sequence in sequences], 0)
     device = device_of(lm.model)
     return HealedPrompt(ids.to(device), mask.to(device), HealingProcessor(allowed, ids.shape[1]))
-
-
-def _listed(text: Text | Sequence[Text]) -> tuple[list[Text], bool]:
-    single = isinstance(text, str | bytes)
-    texts = [text] if isinstance(text, str | bytes) else list(text)
-    if not texts:
-        raise ValueError("text is an empty list: give at least one text")
-    return texts, single
 
 
 def _not_empty(sequences: Sequence[Sequence[int]]) -> None:

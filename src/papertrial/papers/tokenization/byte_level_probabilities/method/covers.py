@@ -107,6 +107,16 @@ class Vocabulary:
         sums = torch.zeros(257, dtype=torch.float64).index_add_(0, symbols, (masses - top).exp())
         return sums.log() + top
 
+    def running_past(self, rest: bytes) -> Tensor:
+        """Ids of the tokens that begin with ``rest`` and go on."""
+        table, lengths = self.table, self.lengths
+        if len(rest) >= table.shape[1]:
+            return torch.empty(0, dtype=torch.long)
+        begins = lengths > len(rest)
+        if rest:
+            begins = begins & (table[:, : len(rest)] == torch.tensor(list(rest), dtype=table.dtype)).all(1)
+        return begins.nonzero()[:, 0]
+
     def consume(self, bundle: Bundle, byte: int, validity: Validity) -> tuple[list[Source], Bundle | None]:
         """What is left of a bundle after ``byte``: the tokens that it completes, and those that go on."""
         keep = self.next_bytes(bundle) == byte

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from papertrial.lm.generation import draw, truncate
+from papertrial.papers.tokenization.byte_level_probabilities.method.characters import listed, pair_up
 from papertrial.papers.tokenization.byte_level_probabilities.method.covers import END
 
 
@@ -68,9 +69,9 @@ class ByteProcess(ABC):
             raise ValueError(f"max_new_bytes must be at least 1, got {max_new_bytes}")
         if not temperature >= 0 or math.isinf(temperature):
             raise ValueError(f"temperature must be zero or positive, got {temperature}")
-        single = isinstance(text, str | bytes)
-        state = self.start([text] if single else text, **start)
-        count = 1 if single else len(text)
+        texts, single = listed("text", text, (str, bytes))
+        state = self.start(texts, **start)
+        count = len(texts)
         made: list[bytes] = [b""] * count
         going = list(range(count))
         for step in range(max_new_bytes):
@@ -149,11 +150,7 @@ class ByteEnsemble(ByteProcess):
 
     def logprob(self, text: bytes | Sequence[bytes], context: bytes | Sequence[bytes] = b"") -> float | list[float]:
         """log P(text | context) in nats, byte by byte: the mixture is made anew at every byte."""
-        single = isinstance(text, bytes)
-        texts: list[bytes] = [text] if isinstance(text, bytes) else list(text)
-        contexts = [context] * len(texts) if isinstance(context, bytes) else list(context)
-        if len(texts) != len(contexts) or not texts:
-            raise ValueError(f"there are {len(texts)} texts and {len(contexts)} contexts: give as many, at least one")
+        texts, contexts, single = pair_up(text, context)
         order = [row for row in range(len(texts)) if texts[row]]
         total = [0.0] * len(texts)
         if not order:

@@ -6,21 +6,28 @@ last blank only if a word follows, so that after ``"a  "`` both ``[a][ ][ ]`` an
 way. Here every cut that some continuation would cause is considered, and the lemma stays exact.
 """
 
-import codecs
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from papertrial.lm.token_bytes import TokenBytes
+from papertrial.papers.tokenization.byte_level_probabilities.method.bulk import BulkCheck, looks_ahead
+from papertrial.papers.tokenization.byte_level_probabilities.method.characters import (
+    FOLLOWERS,
+    characters,
+    composed_followers,
+    continuation_bytes,
+    followers,
+    last_starter,
+    utf8,
+)
 
 Mode = Literal["exact", "pairwise", "off"]
-
-FOLLOWERS = ("", "a", "A", "1", "!", " ", "\n", " a", "e", "l", "t", "\u3042")
-"""Continuations that pre-tokenizers tell apart: letters, digits, marks, blanks, line ends, and contractions ('re)."""
 
 RECENT = 8
 """Pieces at the end of a text among which the last settled cut is looked for."""
@@ -66,9 +73,7 @@ class Validity:
         self._remembered: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._fallback: dict[bytes, bool] = {}
         self._room = max(16, MASK_BYTES // tokens.size)
-        text = [bool(tokens.bytes_of(token)) for token in range(tokens.size)]
-        self.textual = torch.tensor(text)
-        self._texts = [_text(tokens.bytes_of(token)) for token in range(tokens.size)]
+        self.textual = torch.tensor([bool(tokens.bytes_of(token)) for token in range(tokens.size)])
         self._cuts: dict[tuple[str, str], tuple[int, ...]] = {}
 
     # -- what is asked -------------------------------------------------------------------------------------------
@@ -78,10 +83,10 @@ class Validity:
         if not self.tokens.splits:
             return self._last_whole(sequence)
         data = self._join(sequence)
-        whole, partial = _utf8(data) or ("", b"")
+        whole, partial = utf8(data) or ("", b"")
         if partial:  # cuts before an unfinished character are judged without it
             data = data[: len(data) - len(partial)]
-        start = self._steady_cut(whole)
+        start = self._steady_cut(whole)  # under NFC, a mark to come could still change the last character
         at, first = 0, 0
         while at < start:
             at += len(self.tokens.bytes_of(sequence[first]) or b"")
@@ -114,8 +119,8 @@ class Validity:
     def may_end(self, tail: tuple[int, ...]) -> bool:
         """Whether a text may end after a tail: then it must be the encoding of its own bytes."""
         data = self._join(tail)
-        head = _continuation_bytes(data)
-        found = _utf8(data[head:])
+        head = continuation_bytes(data)
+        found = utf8(data[head:])
         if found is None or found[1]:
             return False
         if head:
@@ -128,53 +133,66 @@ class Validity:
         return b"".join(self.tokens.bytes_of(token) or b"" for token in sequence)
 
     def _last_whole(self, sequence: tuple[int, ...]) -> tuple[int, ...]:
-        """The last token, with those before it that hold the beginning of its first character."""
+        """The last token, with those before it that hold the beginning of its first character; under NFC also those
+        that hold the character that its marks belong to."""
         for length in range(1, len(sequence) + 1):
             end = sequence[-length:]
-            if not _continuation_bytes(self._join(end)):
+            data = self._join(end)
+            if not continuation_bytes(data) and not (self.tokens.composed and self._only_marks(data)):
                 return end
         return sequence
+
+    def _only_marks(self, data: bytes) -> bool:
+        found = utf8(data)
+        return found is not None and all(unicodedata.combining(character) for character in found[0])
 
     def _canonical(self, text: str) -> tuple[int, ...]:
         return tuple(token for piece in self.tokens.pieces(text) for token in self.tokens.cut(piece))
 
+    @cached_property
+    def _bulk(self) -> BulkCheck:
+        return BulkCheck(self.tokens, self._accepts)
+
     def _all(self, tail: tuple[int, ...]) -> Tensor:
         """``_accepts`` for every token."""
-        found = _utf8(self._join(tail))
-        if self.tokens.kind == "sentencepiece" or not self.tokens.splits or found is None or found[1]:
+        mask = self._bulk.mask(tail)
+        if mask is None:
             return torch.tensor([self._accepts(tail, token) for token in range(self.tokens.size)])
-        answers, before, cut = [], found[0], self.tokens.cut
-        for token, text in enumerate(self._texts):
-            if text is None:
-                answers.append(self._accepts(tail, token))
-                continue
-            whole = before + text
-            pieces = self.tokens.pieces(whole)
-            fits = cut(pieces[-1])[-1:] == (token,)  # the cheap half of the question, and mostly its answer
-            fits = fits and tuple(part for piece in pieces for part in cut(piece)) == (*tail, token)
-            answers.append(fits or (_looks_ahead(whole) and self._accepts(tail, token)))
-        return torch.tensor(answers)
+        return torch.from_numpy(mask)
 
     def _accepts(self, tail: tuple[int, ...], token: int) -> bool:
         new = self.tokens.bytes_of(token)
         if not new:
             return False
         data = self._join(tail) + new
-        found = _utf8(data)
+        found = utf8(data)
         if found is None:
             return False
         sequence = (*tail, token)
         whole, partial = found
+        if not self._stays(whole, partial):
+            return False
         if self.tokens.kind == "sentencepiece":
             return self._accepts_pieces(sequence, whole, partial)
         if not partial:
             if self._canonical(whole) == sequence:
                 return True
-            if not self.tokens.splits or not _looks_ahead(whole):
+            if not self.tokens.splits or not looks_ahead(whole):
                 return False
         elif not self.tokens.splits:
             return self.tokens.cut(self.tokens.spell(data)) == sequence
         return any(cut == sequence for cut in self._possible(data, whole, partial))
+
+    def _stays(self, whole: str, partial: bytes) -> bool:
+        """Whether the encoder's normalizer may leave a text that begins like this alone."""
+        if not self.tokens.composed:
+            return True
+        return self.tokens.is_normal(whole) and bool(not partial or self._nexts(whole, partial))
+
+    def _nexts(self, whole: str, partial: bytes) -> tuple[str, ...]:
+        if partial and self.tokens.composed:
+            return composed_followers(whole, partial, self.tokens.is_normal)
+        return followers(partial)
 
     def _accepts_pieces(self, sequence: tuple[int, ...], whole: str, partial: bytes) -> bool:
         """SentencePiece: an unfinished character can only be one that falls back to its bytes."""
@@ -189,13 +207,13 @@ class Validity:
         """Whether some character that begins with these bytes is not in the vocabulary."""
         if partial not in self._fallback:
             known = self.tokens.ids_of
-            self._fallback[partial] = any(character.encode() not in known for character in _characters(partial))
+            self._fallback[partial] = any(character.encode() not in known for character in characters(partial))
         return self._fallback[partial]
 
     def _possible(self, data: bytes, whole: str, partial: bytes) -> Iterator[tuple[int, ...]]:
         """Token sequences of ``data`` under the cuts that the possible continuations cause."""
         spelled, seen = self.tokens.spell(data), set()
-        for follower in _followers(partial):
+        for follower in self._nexts(whole, partial):
             cuts = self._cuts_before(whole, follower)
             if cuts not in seen:
                 seen.add(cuts)
@@ -226,65 +244,5 @@ class Validity:
         steady = {0, *self._cuts_before(text, ""), len(text.encode())}
         for follower in FOLLOWERS[1:]:
             steady &= {0, *self._cuts_before(text, follower)}
-        return skipped + max(steady)
-
-
-def _looks_ahead(text: str) -> bool:
-    """Whether what follows can move a cut inside ``text``: after blanks, and in what may be a contraction."""
-    return text[-1].isspace() or "'" in text[-3:] or "\u2019" in text[-3:]
-
-
-def _text(data: bytes | None) -> str | None:
-    """The characters of a token, if it holds whole ones only."""
-    try:
-        return data.decode("utf-8") if data else None
-    except UnicodeDecodeError:
-        return None
-
-
-def _continuation_bytes(data: bytes) -> int:
-    """How many bytes at the beginning continue a character that began before."""
-    count = 0
-    while count < len(data) and data[count] & 0xC0 == 0x80:
-        count += 1
-    return count
-
-
-def _utf8(data: bytes) -> tuple[str, bytes] | None:
-    """Whole characters and the unfinished one at the end; None if no continuation makes it UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        text = decoder.decode(data)
-    except UnicodeDecodeError:
-        return None
-    return text, decoder.getstate()[0]
-
-
-_REPRESENTATIVES: dict[tuple[bool, bool, bool, bool], str] = {}
-"""One character of each class, the same for all unfinished ones, so that cuts are remembered."""
-
-
-@lru_cache(maxsize=1024)
-def _followers(partial: bytes) -> tuple[str, ...]:
-    """Continuations to try: after an unfinished character, one completion of each class first."""
-    if not partial:
-        return FOLLOWERS
-    classes: dict[tuple[bool, bool, bool, bool], str] = {}
-    for character in _characters(partial):
-        key = (character.isalpha(), character.isnumeric(), character.isspace(), character.isupper())
-        classes.setdefault(key, _REPRESENTATIVES.setdefault(key, character))
-    return tuple(character + more for character in classes.values() for more in ("", "a", " "))
-
-
-def _characters(partial: bytes) -> Iterator[str]:
-    """The characters whose UTF-8 begins with ``partial``, in the order of their numbers."""
-    lead = partial[0]
-    length = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-    missing = length - len(partial)
-    number = lead & (0x7F >> length)
-    for byte in partial[1:]:
-        number = number << 6 | byte & 0x3F
-    for code in range(number << 6 * missing, (number + 1) << 6 * missing):
-        lowest = (0x80, 0x800, 0x10000)[length - 2]
-        if lowest <= code <= 0x10FFFF and not 0xD800 <= code <= 0xDFFF:
-            yield chr(code)
+        end = len(text[: last_starter(text)].encode()) if self.tokens.composed else len(text.encode())
+        return skipped + max(cut for cut in steady if cut <= end)

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
@@ -197,6 +198,22 @@ def test_fetch_without_a_day_goes_on_from_the_last_one(store, client, api):
     api.requests.clear()
     assert fetch(store, client, since=None).added == 30
     assert "[202510020000" in api.requests[0][1]["search_query"]
+
+
+def test_a_patient_fetch_waits_for_the_one_that_is_under_way(store, client, api):
+    """A fetch on schedule meets one of a single paper now and then."""
+    with client.session():
+        waiting = ThreadPoolExecutor(1).submit(fetch, store, PoliteClient("arxiv", 0.0, patience=30.0))
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.5)
+    assert waiting.result(timeout=30).added > 0
+
+
+def test_a_run_that_was_refused_says_why_in_words_for_people(store, client, api):
+    with client.session(), pytest.raises(PapertrialError):
+        fetch(store, PoliteClient("arxiv", 3.0))
+    error = recent_runs(store)[0].error
+    assert error.startswith("another fetch from arxiv is under way")
 
 
 def test_two_fetches_at_once_are_refused(store, client, api):

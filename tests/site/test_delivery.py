@@ -374,6 +374,21 @@ def test_letters_show_verdicts_in_both_parts_and_escape_what_sources_say(
     assert re.search(r"<b>(Upheld|Contradicted|Undecided)</b> at (small|gpu)", html)
 
 
+def test_what_is_not_known_of_a_paper_leaves_no_mark_in_a_letter(here: Context, home: Path) -> None:
+    """A paper without names of authors begins with its date, and not with a dot."""
+    nameless = Record(source="huggingface", title="By nobody", arxiv_id="2601.00088", entered=TODAY, published=TODAY)
+    here.store.upsert([nameless])
+    subscribed(here)
+    assert send_due(here, now=tomorrow).sent == 1
+    (letter,) = letters(home)
+    part = letter.get_body(("html",))
+    assert part is not None
+    lines = re.findall(r'<p class="soft"[^>]*>(.*?)</p>', str(part.get_content()))
+    assert TODAY.isoformat() in lines
+    assert any(re.fullmatch(r"Ada Number0, Grace Hopper &middot; Example Lab &middot; [\d-]+", line) for line in lines)
+    assert not [line for line in lines if line.strip().startswith(("&middot;", "·")) or not line.strip()]
+
+
 def digest_until(here: Context, moment: datetime) -> queue.Digest:
     """The digest of the only subscription that is due by a moment, covered from now on."""
     queue.enqueue_due(here.store, moment)

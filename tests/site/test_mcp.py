@@ -21,7 +21,7 @@ from papertrial.site.background import give_lease_back, take_lease
 from papertrial.site.context import Context
 from papertrial.site.errors import Problem
 from papertrial.site.limits import Limiter
-from papertrial.site.mcp import smoke
+from papertrial.site.mcp import answers, smoke
 from papertrial.site.people import accounts, tokens
 from papertrial.site.settings import Settings
 from site_service import Server, Site, records, start_server
@@ -90,7 +90,9 @@ async def tried(session: ClientSession) -> dict[str, Any]:
     found = await session.call_tool("search", {"query": "contrastive search", "limit": 3, "in_scope": True})
     paper = await session.call_tool("paper", {"paper": ON_TRIAL})
     evidence = await session.call_tool("evidence", {"paper": ON_TRIAL, "scale": "small"})
+    everything = await session.call_tool("evidence", {"paper": ON_TRIAL, "scale": "small", "metrics": "all"})
     wrong = {
+        "metrics": await session.call_tool("evidence", {"paper": ON_TRIAL, "metrics": "some"}),
         "limit": await session.call_tool("search", {"query": "x", "limit": 1000}),
         "query": await session.call_tool("search", {"query": "x" * 251}),
         "family": await session.call_tool("search", {"query": "x", "family": "nonsense"}),
@@ -99,7 +101,14 @@ async def tried(session: ClientSession) -> dict[str, Any]:
         "scale": await session.call_tool("evidence", {"paper": ON_TRIAL, "scale": "smoke"}),
         "missing": await session.call_tool("paper", {}),
     }
-    return {"tools": listed, "search": found, "paper": paper, "evidence": evidence, "wrong": wrong}
+    return {
+        "tools": listed,
+        "search": found,
+        "paper": paper,
+        "evidence": evidence,
+        "everything": everything,
+        "wrong": wrong,
+    }
 
 
 def check(seen: dict[str, Any]) -> None:
@@ -130,12 +139,36 @@ def check(seen: dict[str, Any]) -> None:
     values = recorded["arms"][claim["method"]][claim["metric"]]["values"]
     assert len(values) >= 3
     assert "papertrial run" in recorded["command"]
+    claimed = {claim["metric"] for claim in evidence["claims"]}
+    assert {metric for measured in recorded["arms"].values() for metric in measured} <= claimed
+    (text,) = seen["evidence"].content
+    assert text.text.startswith(f"# {evidence['title']}")
+    assert f"**{claim['verdict']}** at small" in text.text
+    assert len(text.text) < 8_000
+
+    (every,) = seen["everything"].structuredContent["recorded"]
+    assert {metric for measured in every["arms"].values() for metric in measured} == claimed | set(evidence["left_out"])
+    assert seen["everything"].structuredContent["left_out"] == []
 
     for name, answer in seen["wrong"].items():
         assert answer.isError, name
         text = answer.content[0].text
         assert (name if name != "missing" else "paper") in text
         assert "Traceback" not in text
+
+
+def test_evidence_stays_small_whatever_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms of every answer together: a model has to read it."""
+    monkeypatch.setenv("PAPERTRIAL_HOME", str(tmp_path))
+    settings = Settings(encoder=False)
+    with Store.open() as store:
+        here = Context(settings, store, Limiter(settings))
+        sizes = {}
+        for entry in here.board.snapshot:
+            told = answers.evidence(here, entry.card.slug, None)
+            size = len(told.model_dump_json()) + len(answers.evidence_markdown(told))
+            sizes[entry.card.slug] = size
+    assert max(sizes.values()) < 32_000, sorted(sizes.items(), key=lambda item: -item[1])[:5]
 
 
 def test_a_client_reads_over_standard_input_and_output(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def test_no_request_makes_the_service_fail(app: FastAPI, bearer: dict[str, str])
         @given(case=operation.as_strategy())
         def answers(case: schemathesis.Case) -> None:
             answer = case.call(headers=bearer)
-            assert answer.status_code < 500, (case.method, case.formatted_path, answer.text)
+            said_why = answer.status_code == 503 and "FETCH is off" in answer.text
+            assert answer.status_code < 500 or said_why, (case.method, case.formatted_path, answer.text)
             if answer.status_code >= 400:
                 assert answer.json()["error"]
 

@@ -712,9 +712,11 @@ def test_an_account_is_deleted_only_with_its_name_typed(site: Site) -> None:
 def test_a_paper_is_submitted_by_id_or_refused_with_the_reason(site: Site, reader: Browser) -> None:
     known = post(reader, "/submit", url="https://arxiv.org/abs/2601.00005v2")
     assert (known.status_code, known.headers["location"]) == (303, "/papers/2601.00005")
-    new = post(reader, "/submit", url="2601.12345")
-    assert (new.status_code, new.headers["location"]) == (303, "/submit")
-    assert "2601.12345" in reader.client.get("/submit").text
+    unknown = post(reader, "/submit", url="2601.12345")  # this service asks nobody: it says so, and takes nothing
+    assert unknown.status_code == 503
+    assert "does not ask arXiv" in unknown.text
+    check_page(unknown.text)
+    assert "2601.12345" not in reader.client.get("/submit").text
     for url in ("http://127.0.0.1/2601.12345", "<script>", ""):
         refused = post(reader, "/submit", url=url)
         assert refused.status_code == 422

@@ -10,9 +10,14 @@ import pytest
 import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
+from papertrial.errors import PapertrialError
 from papertrial.feed import people_schema as tables
+from papertrial.feed.delivery_schema import subscriptions as subscriptions_table
+from papertrial.feed.http import PoliteClient
 from papertrial.feed.records import Record, paper_key
 from papertrial.feed.store import Store, utc_now
+from papertrial.site.delivery import subscriptions
+from papertrial.site.delivery.subscriptions import Watch
 from papertrial.site.errors import Problem
 from papertrial.site.people import accounts, bounds, comments, pulse, submissions, votes
 from papertrial.site.people.pulse import pulses
@@ -521,8 +526,72 @@ def test_a_known_paper_is_submitted_by_any_spelling(site: Site, text: str) -> No
     assert (made.json()["arxiv"], made.json()["state"]) == ("2601.00003", "done")
 
 
-def test_an_unknown_paper_waits_until_the_catalogue_has_it(site: Site) -> None:
-    browser, store = site.sign_in(), site.context.store
+def test_the_newest_comments_are_shown_and_the_older_ones_can_be_asked_for(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = comments.MOST_SHOWN
+    reader, store, paper = site.sign_in(), site.context.store, paper_id(site)
+    values = {
+        "paper_id": paper,
+        "user_id": reader.reader.id,
+        "parent_id": None,
+        "created": utc_now() - timedelta(days=9),
+    }
+    with store.writing() as connection:
+        connection.execute(tables.comments.insert(), [values | {"body": f"old {i}"} for i in range(most + 7)])
+    newest = reader.client.post(f"/api/papers/{PAPER}/comments", json={"body": "my newest words"}).json()
+    answer = site.client.get(f"/api/papers/{PAPER}/comments")
+    shown = answer.json()
+    assert len(shown) == most
+    assert shown[-1]["id"] == newest["id"]
+    assert answer.headers["X-Older-Comments"] == "8"
+    assert "my newest words" in site.client.get(f"/papers/{PAPER}").text
+    before = site.client.get(f"/api/papers/{PAPER}/comments", params={"before": min(one["id"] for one in shown)})
+    assert [one["body"] for one in before.json()] == [f"old {i}" for i in range(8)]
+    assert before.headers["X-Older-Comments"] == "0"
+    late = reader.client.post(
+        f"/api/papers/{PAPER}/comments", json={"body": "reply", "parent": before.json()[0]["id"]}
+    ).json()
+    assert late["id"] in [one["id"] for one in site.client.get(f"/api/papers/{PAPER}/comments").json()]
+
+
+def test_an_account_goes_with_the_digests_of_its_address(site: Site) -> None:
+    """Also with those that were asked for before there was an account; other addresses keep theirs."""
+    store = site.context.store
+    for address in ("z@example.org", "y@example.org"):
+        asked = subscriptions.ask(store, address, Watch("feed"))
+        assert asked is not None
+        subscriptions.confirm(store, asked[1])
+    reader = site.sign_in("z@example.org")
+    assert reader.client.delete("/api/me").status_code == 204
+    with store.reading() as connection:
+        left = connection.execute(sa.select(subscriptions_table.c.email)).scalars().all()
+        assert left == ["y@example.org"]
+        assert "z@example.org" not in repr(connection.execute(sa.select(tables.sign_in_links)).all())
+
+
+def test_a_blocked_accounts_private_feed_is_no_more(site: Site) -> None:
+    reader, admin = site.sign_in("blk@example.org"), site.sign_in("admin@localhost")
+    reader.client.put(f"/api/papers/{PAPER}/tags/mine")
+    address = reader.client.get("/api/feeds").json()["mine"]["rss"]
+    assert site.client.get(address).status_code == 200
+    role = f"/api/people/{reader.reader.name}/role"
+    assert admin.client.put(role, json={"role": "blocked"}).status_code == 200
+    assert site.client.get(address).status_code == 404
+    assert admin.client.put(role, json={"role": "reader"}).status_code == 200
+    assert site.client.get(address).status_code == 200
+
+
+@pytest.fixture
+def asking(request: pytest.FixtureRequest, make_site: Callable[..., Site]) -> Site:
+    """A service that may ask arXiv, and does so only when a test says it."""
+    made = make_site(fetch=True)
+    made.client.app.state.jobs.stop()  # type: ignore[attr-defined]
+    return made
+
+
+def test_an_unknown_paper_waits_until_the_catalogue_has_it(asking: Site) -> None:
+    browser, store = asking.sign_in(), asking.context.store
     assert browser.client.post("/api/submissions", json={"url": "2602.11111"}).json()["state"] == "waiting"
     submissions.settle(store, submissions.waiting(store), TODAY)
     assert browser.client.get("/api/submissions").json()[0]["state"] == "waiting"
@@ -531,36 +600,78 @@ def test_an_unknown_paper_waits_until_the_catalogue_has_it(site: Site) -> None:
     )
     submissions.settle(store, submissions.waiting(store), TODAY)
     assert browser.client.get("/api/submissions").json()[0]["state"] == "done"
-    entry = site.client.get("/api/daily_papers", params={"date": TODAY.isoformat(), "limit": 99}).json()
+    entry = asking.client.get("/api/daily_papers", params={"date": TODAY.isoformat(), "limit": 99}).json()
     mine = next(e for e in entry if e["paper"]["id"] == "2602.11111")
     assert mine["submittedBy"]["user"] == browser.reader.name
 
 
-def test_what_arxiv_never_has_is_refused_in_the_end(site: Site) -> None:
-    browser, store = site.sign_in(), site.context.store
+def test_what_arxiv_never_has_is_refused_in_the_end(asking: Site) -> None:
+    browser, store = asking.sign_in(), asking.context.store
     browser.client.post("/api/submissions", json={"url": "2602.22222"})
     for _ in range(submissions.ATTEMPTS):
         submissions.settle(store, submissions.waiting(store), TODAY)
     shown = browser.client.get("/api/submissions").json()[0]
-    assert shown["state"] == "refused"
-    assert shown["message"]
+    assert (shown["state"], shown["message"]) == ("refused", "arXiv does not have it")
 
 
-def test_submissions_are_limited_by_the_day(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_arxiv_cannot_be_reached_it_is_asked_for_a_day(asking: Site) -> None:
+    browser, store = asking.sign_in(), asking.context.store
+    browser.client.post("/api/submissions", json={"url": "2602.22222"})
+    for _ in range(3 * submissions.ATTEMPTS):
+        submissions.settle(store, submissions.waiting(store), TODAY, answered=False)
+    shown = browser.client.get("/api/submissions").json()[0]
+    assert (shown["state"], shown["message"]) == ("waiting", submissions.NOT_REACHED)
+    with store.writing() as connection:
+        connection.execute(tables.submissions.update().values(created=utc_now() - timedelta(hours=25)))
+    submissions.settle(store, submissions.waiting(store), TODAY, answered=False)
+    shown = browser.client.get("/api/submissions").json()[0]
+    assert (shown["state"], shown["message"]) == ("refused", "arXiv could not be reached for a day")
+
+
+def test_a_failed_round_is_the_jobs_failure_and_leaves_submissions_waiting(
+    asking: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get(self: PoliteClient, *_: object, **__: object) -> None:
+        raise PapertrialError("arxiv cannot be reached")
+
+    monkeypatch.setattr(PoliteClient, "get", get)
+    browser, store = asking.sign_in(), asking.context.store
+    browser.client.post("/api/submissions", json={"url": "2602.22222"})
+    with pytest.raises(PapertrialError, match="cannot be reached"):
+        submissions.work_off(store, TODAY)
+    assert browser.client.get("/api/submissions").json()[0]["message"] == submissions.NOT_REACHED
+
+
+def test_a_service_that_does_not_fetch_says_so_at_once(site: Site) -> None:
+    browser, store = site.sign_in(), site.context.store
+    refused = browser.client.post("/api/submissions", json={"url": "2602.11111"})
+    assert (refused.status_code, refused.json()["field"]) == (503, "url")
+    assert "FETCH is off" in refused.json()["error"]
+    page = browser.client.post("/submit", data={"csrf": browser.csrf, "url": "2602.11111"})
+    assert page.status_code == 503
+    assert "FETCH is off" in page.text
+    assert browser.client.get("/api/submissions").json() == []
+    assert browser.client.post("/api/submissions", json={"url": PAPER}).json()["state"] == "done"
+    submissions.submit(store, browser.reader, "2602.11111", today=TODAY)  # taken before the setting was changed
+    submissions.not_asked(store)
+    assert browser.client.get("/api/submissions").json()[0]["message"] == submissions.NOT_ASKED
+
+
+def test_submissions_are_limited_by_the_day(asking: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submissions, "SUBMISSIONS_A_DAY", 2)
-    browser = site.sign_in()
+    browser = asking.sign_in()
     codes = [browser.client.post("/api/submissions", json={"url": f"2602.0000{i}"}).status_code for i in range(3)]
     assert codes == [202, 202, 429]
     again = browser.client.post("/api/submissions", json={"url": "2602.00001"})
     assert again.status_code == 202  # the same once more is no new one
 
 
-def test_indexing_by_the_hubs_own_route_needs_a_writing_token(site: Site) -> None:
-    token = site.sign_in().client.post("/api/tokens", json={"name": "t", "scope": "write"}).json()["token"]
-    program = TestClient(site.client.app)
+def test_indexing_by_the_hubs_own_route_needs_a_writing_token(asking: Site) -> None:
+    token = asking.sign_in().client.post("/api/tokens", json={"name": "t", "scope": "write"}).json()["token"]
+    program = TestClient(asking.client.app)
     body = {"arxivId": "2602.33333"}
     assert program.post("/api/papers/index", json=body).status_code == 401
     headers = {"Authorization": f"Bearer {token}"}
     assert program.post("/api/papers/index", json=body, headers=headers).json() == {}
     assert program.post("/api/papers/index", json={"arxivId": "nope"}, headers=headers).status_code == 422
-    assert re.fullmatch(r"2602\.33333", submissions.waiting(site.context.store)[0][1])
+    assert re.fullmatch(r"2602\.33333", submissions.waiting(asking.context.store)[0][1])

@@ -27,7 +27,7 @@ from site_service import Site
 
 PAPER = "2601.00003"
 
-# -- HEAD ---------------------------------------------------------------------------------------------------------------
+# -- HEAD -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,9 @@ def test_no_submission_opens_an_address(site: Site, address: str, monkeypatch: p
     assert refused.json()["field"] == "url"
 
 
-def test_what_is_fetched_is_arxivs_own_address_whatever_was_typed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_fetched_is_arxivs_own_address_whatever_was_typed(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from papertrial.feed.http import PoliteClient
     from papertrial.site.people import submissions
     from site_service import TODAY
@@ -335,10 +337,13 @@ def test_what_is_fetched_is_arxivs_own_address_whatever_was_typed(site: Site, mo
         raise PapertrialError("no network in this test")
 
     monkeypatch.setattr(PoliteClient, "get", get)
+    site = make_site(fetch=True)
+    site.client.app.state.jobs.stop()  # type: ignore[attr-defined]
     site.sign_in().client.post(
         "/api/submissions", json={"url": "https://huggingface.co/papers/2603.00001?x=http://e.org"}
     )
-    submissions.work_off(site.context.store, TODAY)
+    with pytest.raises(PapertrialError):
+        submissions.work_off(site.context.store, TODAY)
     assert asked == ["https://export.arxiv.org/api/query 2603.00001"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -72,6 +73,29 @@ def serving(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str
 def _spent(process: subprocess.Popen[str]) -> float:
     times = psutil.Process(process.pid).cpu_times()
     return times.user + times.system
+
+
+def test_only_trusted_proxies_say_who_the_client_is(home: Path) -> None:
+    """From loopback, which the default trusts, and from nobody where the setting is empty."""
+
+    def left(url: str, client: str) -> int:
+        header = httpx.get(url, headers={"X-Forwarded-For": client}).headers["RateLimit"]
+        return int(re.findall(r"r=(\d+)", header)[0])
+
+    for trusted, apart in (("127.0.0.1", True), ("", False), ("127.0.0.0/8,10.0.0.7", True)):
+        server = start_server(home, trusted_proxies=trusted)
+        try:
+            first = left(server.url, "203.0.113.1")
+            assert (left(server.url, "203.0.113.2") == first) == apart
+            assert left(server.url, "203.0.113.1") < first
+        finally:
+            server.stop()
+
+
+@pytest.mark.parametrize("given", ["proxy.example.org", "10.0.0.300", "10.0.0.7/8", "*,10.0.0.7"])
+def test_what_is_no_proxys_address_is_refused_by_name(given: str) -> None:
+    with pytest.raises(UsageError, match=r"trusted_proxies.*is not an address"):
+        read_settings(trusted_proxies=given)
 
 
 def test_a_start_takes_two_seconds_of_processor_time_at_most(serving: Callable[..., Any], tmp_path: Path) -> None:

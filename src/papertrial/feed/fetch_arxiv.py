@@ -39,9 +39,10 @@ def rss_url() -> str:
     return os.environ.get("PAPERTRIAL_ARXIV_RSS", "https://rss.arxiv.org/rss").rstrip("/")
 
 
-def polite_client() -> PoliteClient:
+def polite_client(patience: float = 0.0) -> PoliteClient:
     """The client that keeps arXiv's terms."""
-    return PoliteClient("arxiv", INTERVAL_SECONDS, timeout=180.0)  # OAI-PMH often takes more than a minute
+    # OAI-PMH often takes more than a minute.
+    return PoliteClient("arxiv", INTERVAL_SECONDS, timeout=180.0, patience=patience)
 
 
 def fetch_arxiv(

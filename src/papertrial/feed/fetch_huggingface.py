@@ -23,8 +23,8 @@ def base_url() -> str:
     return os.environ.get("PAPERTRIAL_HUGGINGFACE", "https://huggingface.co").rstrip("/")
 
 
-def polite_client() -> PoliteClient:
-    return PoliteClient("huggingface", INTERVAL_SECONDS)
+def polite_client(patience: float = 0.0) -> PoliteClient:
+    return PoliteClient("huggingface", INTERVAL_SECONDS, patience=patience)
 
 
 def fetch_huggingface(

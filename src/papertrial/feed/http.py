@@ -38,6 +38,8 @@ class PoliteClient:
         How often a request is tried before the fetch gives up.
     longest_wait
         Seconds; a server that asks for more patience (``Retry-After``) ends the fetch with a message.
+    patience
+        Seconds to wait until another fetch from the service has ended.
     sleep, clock
         For tests.
     """
@@ -47,6 +49,7 @@ class PoliteClient:
     attempts: int = 6
     longest_wait: float = 600.0
     timeout: float = 60.0
+    patience: float = 0.0
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.time
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -54,10 +57,16 @@ class PoliteClient:
 
     @contextmanager
     def session(self) -> Iterator["PoliteClient"]:
-        """The one connection, held by one process at a time."""
+        """The one connection, held by one process at a time.
+
+        Raises
+        ------
+        PapertrialError
+            Another fetch is under way, and still was after `patience` seconds.
+        """
         lock = FileLock(cache_folder("fetch") / f"{self.name}.lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=self.patience, poll_interval=0.2)
         except Timeout:
             raise PapertrialError(f"another fetch from {self.name} is under way; one at a time is allowed") from None
         agent = f"papertrial/{papertrial.__version__} (self-hosted paper catalogue; python-httpx/{httpx.__version__})"

@@ -72,7 +72,9 @@ def recorded_run(store: Store, source: str) -> Iterator[IngestReport]:
     try:
         yield report
     except BaseException as raised:
-        error = f"{type(raised).__name__}: {raised}"[:1000]
+        # Our own errors are written for people; of others the kind says most.
+        error = str(raised) if isinstance(raised, PapertrialError) else f"{type(raised).__name__}: {raised}"
+        error = error[:1000]
         raise
     finally:
         _finish(store, run_id, report, error)

@@ -21,6 +21,8 @@ from papertrial.site.context import Context
 #: Seconds between two fetches of a source, and after one that failed.
 EVERY = {"huggingface": 3600.0, "arxiv": 6 * 3600.0}
 RETRY = 900.0
+#: Seconds to wait for another fetch of the same source (a paper that somebody submitted) to end.
+PATIENCE = 600.0
 #: Seconds that the service runs before its first fetch.
 AFTER = 5.0
 #: Days that the first fetch of a source goes back.
@@ -70,16 +72,17 @@ def schedule(here: Context) -> list[Source]:
 
 def fetch_from_huggingface(store: Store) -> None:
     """The daily lists since the last fetch, the last days of them again for their votes."""
-    from papertrial.feed.fetch_huggingface import fetch_huggingface
+    from papertrial.feed.fetch_huggingface import fetch_huggingface, polite_client
 
     first = read_position(store, "huggingface") is None
-    fetch_huggingface(store, utc_today() - timedelta(days=FIRST_DAYS["huggingface"]) if first else None)
+    since = utc_today() - timedelta(days=FIRST_DAYS["huggingface"]) if first else None
+    fetch_huggingface(store, since, client=polite_client(PATIENCE))
 
 
 def fetch_from_arxiv(store: Store, categories: tuple[str, ...]) -> None:
     """What was submitted in some categories since the last fetch."""
-    from papertrial.feed.fetch_arxiv import fetch_arxiv
+    from papertrial.feed.fetch_arxiv import fetch_arxiv, polite_client
 
     first = read_position(store, f"arxiv:{'+'.join(sorted(set(categories)))}") is None
     since = utc_today() - timedelta(days=FIRST_DAYS["arxiv"]) if first else None
-    fetch_arxiv(store, since, categories)
+    fetch_arxiv(store, since, categories, client=polite_client(PATIENCE))

@@ -23,6 +23,7 @@ def _split(value: Any) -> Any:
 Category = Annotated[str, Field(pattern=r"^[a-z]+(-[a-z]+)*(\.[A-Za-z]{2}(-[a-z]+)*)?$", max_length=40)]
 Categories = Annotated[tuple[Category, ...], BeforeValidator(_split), Field(max_length=20)]
 
+
 def _as_addresses(value: Any) -> Any:
     """Addresses and networks of proxies, or ``*``."""
     parts = _split(value)

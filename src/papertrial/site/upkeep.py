@@ -39,7 +39,7 @@ def jobs(here: Context) -> list[Job]:
         # Each home folder has an index; its own lock keeps the workers that share one from doing the work twice.
         Job("index", 15.0, lambda: update_index_now(here), everywhere=True, apart=True, after=1.0),
         Job("pulse", 300.0, lambda: pulse.refresh_all(here.store), after=2.0),
-        Job("submissions", 60.0, lambda: _work_off_submissions(here), apart=True, after=2.0),
+        Job("submissions", 60.0, lambda: _work_off_submissions(here), apart=True, retry=600.0, after=2.0),
         Job("board", 5.0, lambda: _refresh_board(here), everywhere=True, after=1.5),
         *ingesting.jobs(here),
     ]
@@ -87,6 +87,8 @@ def update_index_now(here: Context) -> None:
 def _work_off_submissions(here: Context) -> None:
     if here.settings.fetch:
         submissions.work_off(here.store, here.today())
+    else:
+        submissions.not_asked(here.store)
 
 
 def _refresh_board(here: Context) -> None:

@@ -116,7 +116,8 @@ class IndexRequest(BaseModel):
 @router.post("/api/papers/index")
 def index(body: IndexRequest, here: Here, reader: Writer) -> dict[str, Any]:
     """Bring a paper into the catalogue, without putting it into the daily feed."""
-    submissions.submit(here.store, reader, body.arxivId, today=here.today(), for_feed=False)
+    fetch = here.settings.fetch
+    submissions.submit(here.store, reader, body.arxivId, today=here.today(), for_feed=False, fetch=fetch)
     return {}
 
 

@@ -18,6 +18,7 @@ from papertrial.site.signing_in import iso
 
 router = APIRouter(tags=["reading"])
 
+Before = Annotated[int | None, Query(ge=1, lt=2**63, description="only comments older than the one with this id")]
 TagPath = Annotated[str, StringConstraints(min_length=1, max_length=40)]
 
 
@@ -61,10 +62,15 @@ def take_vote_back(paper_id: PaperName, here: Here, reader: Writer) -> dict[str,
 
 
 @router.get("/api/papers/{paper_id:paper}/comments")
-def list_comments(paper_id: PaperName, here: Here) -> list[dict[str, Any]]:
-    """The comments on a paper, each with its replies behind it."""
+def list_comments(paper_id: PaperName, here: Here, response: Response, before: Before = None) -> list[dict[str, Any]]:
+    """The newest 500 comments on a paper, each with its replies behind it.
+
+    ``X-Older-Comments`` says how many there are before; ask for them with ``before``, the lowest id of this answer.
+    """
     paper = found_paper(here.store, paper_id)
-    return [_comment(comment) for comment in comments.comments_on(here.store, paper.id)]
+    found = comments.comments_on(here.store, paper.id, before=before)
+    response.headers["X-Older-Comments"] = str(comments.older_than(here.store, paper.id, found))
+    return [_comment(comment) for comment in found]
 
 
 @router.post("/api/papers/{paper_id:paper}/comments", status_code=201)
@@ -168,7 +174,7 @@ def list_submissions(here: Here, reader: SignedIn) -> list[dict[str, Any]]:
 @router.post("/api/submissions", status_code=202)
 def submit(body: Submitted, here: Here, reader: Writer) -> dict[str, Any]:
     """Bring a paper into the daily feed, by its arXiv id or an address that holds one."""
-    return _submission(submissions.submit(here.store, reader, body.url, today=here.today()))
+    return _submission(submissions.submit(here.store, reader, body.url, today=here.today(), fetch=here.settings.fetch))
 
 
 def _submission(submission: submissions.Submission) -> dict[str, Any]:

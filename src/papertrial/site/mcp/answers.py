@@ -1,5 +1,6 @@
 """What the tools answer with, and how it is read from the service. Nothing here knows the protocol."""
 
+import math
 from datetime import date
 from typing import Any
 
@@ -9,9 +10,10 @@ from papertrial.feed.lexical import Filters
 from papertrial.feed.records import Paper
 from papertrial.lab import summary
 from papertrial.lab.claim import FAMILIES
+from papertrial.lab.evidence import Evidence
 from papertrial.lab.report import repeat_command
 from papertrial.site.api import shapes
-from papertrial.site.api.markdown import paper_markdown
+from papertrial.site.api.markdown import escaped, paper_markdown
 from papertrial.site.board import Entry
 from papertrial.site.context import Context
 from papertrial.site.delivery.watching import shortened
@@ -68,7 +70,10 @@ class EvidenceAnswer(BaseModel):
     url: str
     state: str = Field(description="fresh, aged, stale, incomplete, or not yet on trial")
     claims: list[dict[str, Any]] = Field(description="each claim with verdict, scale, reason and effect with interval")
-    recorded: list[dict[str, Any]] = Field(description="by scale: every arm's metrics by seed, costs, environment")
+    recorded: list[dict[str, Any]] = Field(
+        description="by scale: the claimed metrics (or all) of every arm by seed, to six digits; costs, environment"
+    )
+    left_out: list[str] = Field(description="metrics that were recorded and are not shown; ask with metrics='all'")
     limits: str
     finding: str | None
 
@@ -149,8 +154,8 @@ def paper(here: Context, name: str) -> PaperAnswer:
     )
 
 
-def evidence(here: Context, name: str, scale: str | None) -> EvidenceAnswer:
-    """The verdicts on a paper's claims and the evidence behind them.
+def evidence(here: Context, name: str, scale: str | None, all_metrics: bool = False) -> EvidenceAnswer:
+    """The verdicts on a paper's claims and the evidence behind them; without `all_metrics` of claimed metrics only.
 
     Raises
     ------
@@ -163,22 +168,82 @@ def evidence(here: Context, name: str, scale: str | None) -> EvidenceAnswer:
         known = ", ".join(recorded) or "none yet"
         raise Problem(404, f"scale: {entry.card.slug} has no evidence at {scale}; recorded: {known}", field="scale")
     wanted = recorded if scale is None else {scale: recorded[scale]}
-    shown = [
-        {name: value for name, value in summary.as_json(entry.card, found).items() if name not in ("trials", "claims")}
-        | {"command": repeat_command(found)}
-        for found in wanted.values()
-    ]
     card = entry.card
+    claimed = {claim.metric for claim in card.claim}
+    held = {metric for found in wanted.values() for metric in found.metrics}
+    kept = held if all_metrics else held & claimed
     return EvidenceAnswer(
         slug=card.slug,
         title=card.title,
         url=here.settings.url(f"/papers/{card.arxiv or card.slug}"),
         state=entry.standing.state,
         claims=shapes.claim_rows(here.board.snapshot, [entry]),
-        recorded=shown,
+        recorded=[_recording(entry, found, kept) for found in wanted.values()],
+        left_out=sorted(held - kept),
         limits=card.limits,
         finding=card.finding or None,
     )
+
+
+def _recording(entry: Entry, found: Evidence, kept: set[str]) -> dict[str, Any]:
+    """What was recorded at one scale, without the trials themselves."""
+    whole = summary.as_json(entry.card, found)
+    arms = {
+        arm: {metric: _rounded(values) for metric, values in measured.items() if metric in kept}
+        for arm, measured in whole["arms"].items()
+    }
+    costs = ("wall_seconds", "cpu_seconds", "peak_memory_mb")
+    told = ("scale", "model", "recorded", *costs, "environment", "parameters")
+    return {name: whole[name] for name in told} | {
+        "seeds": found.seeds,
+        "arms": {arm: measured for arm, measured in arms.items() if measured},
+        "command": repeat_command(found),
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits of every figure: more say nothing, and fill the window of whoever reads them."""
+    if isinstance(value, float) and math.isfinite(value):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def evidence_markdown(told: EvidenceAnswer) -> str:
+    """An evidence answer as text: the verdicts, and a table of the claimed pair's metrics at each scale."""
+    lines = [f"# {escaped(told.title)}", "", f"<{told.url}> ({told.state})"]
+    for claim in told.claims:
+        lines += ["", f"{claim['claim']}. {escaped(claim['statement'])}"]
+        pair = f"`{claim['method']}` against `{claim['baseline']}`, {escaped(claim['metric'])}"
+        if claim["verdict"] is None:
+            lines.append(f"   - {pair}. Verdict: none yet, there is no evidence")
+            continue
+        lines.append(f"   - {pair}. Verdict: **{claim['verdict']}** at {claim['scale']}: {escaped(claim['reason'])}")
+        if claim["effect"] is not None:
+            lines.append(f"   - Effect: {_interval(claim['effect'])} {escaped(claim['effect_unit'])}".rstrip())
+    for recording in told.recorded:
+        lines += ["", f"## At {recording['scale']} ({len(recording['seeds'])} seeds)", ""]
+        lines += ["| metric | arm | mean [interval] |", "|---|---|---|"]
+        metrics = dict.fromkeys(metric for measured in recording["arms"].values() for metric in measured)
+        for metric in metrics:
+            for arm, measured in recording["arms"].items():
+                if metric in measured:
+                    lines.append(f"| {escaped(metric)} | {escaped(arm)} | {_interval(measured[metric])} |")
+        lines += ["", f"To repeat: `{recording['command']}`"]
+    lines += ["", f"Limits: {escaped(told.limits)}"]
+    if told.finding:
+        lines += ["", f"Our reading: {escaped(told.finding)}"]
+    if told.left_out:
+        lines += ["", f"Recorded as well (metrics='all' shows them): {escaped(', '.join(told.left_out))}"]
+    return "\n".join(lines) + "\n"
+
+
+def _interval(value: dict[str, Any]) -> str:
+    mean = summary.number(value["mean"])
+    if value["low"] is None or value["high"] is None:
+        return f"{mean} (no interval)"
+    return f"{mean} [{summary.number(value['low'])}, {summary.number(value['high'])}]"
 
 
 def in_scope(here: Context, name: str) -> Entry:

@@ -41,6 +41,8 @@ Since = Annotated[
 Many = Annotated[int, Field(ge=1, le=50, description="how many at most")]
 Scale = Annotated[Literal["small", "gpu", "paper"] | None, Field(description="only this scale; default, all recorded")]
 
+Metrics = Annotated[Literal["claimed", "all"], Field(description="the metrics that claims are about, or all")]
+
 #: Says whether whoever sent a request may start a run; raises a Problem if not.
 MayRun = Callable[[Request | None], None]
 
@@ -58,7 +60,7 @@ def make_server(here: Context, may_run: MayRun, ready: Callable[[], None] = lamb
     from mcp.server.fastmcp import Context as Call
     from mcp.server.fastmcp import FastMCP
     from mcp.server.transport_security import TransportSecuritySettings
-    from mcp.types import ToolAnnotations
+    from mcp.types import CallToolResult, TextContent, ToolAnnotations
 
     # The SDK would count on a session at one worker; without one every worker can answer every request.
     server = FastMCP(
@@ -91,11 +93,20 @@ def make_server(here: Context, may_run: MayRun, ready: Callable[[], None] = lamb
         return await _told(anyio.to_thread.run_sync(answers.paper, here, paper))
 
     @server.tool(
-        description="Verdicts on a paper's claims, with effect, interval and every seed's value, by scale.",
+        description=(
+            "Verdicts on a paper's claims, with effect and interval, by scale: as Markdown, and as structured content "
+            "with the claimed metrics of every seed."
+        ),
         annotations=reads,
     )
-    async def evidence(paper: Name, scale: Scale = None) -> EvidenceAnswer:
-        return await _told(anyio.to_thread.run_sync(answers.evidence, here, paper, scale))
+    async def evidence(
+        paper: Name, scale: Scale = None, metrics: Metrics = "claimed"
+    ) -> Annotated[CallToolResult, EvidenceAnswer]:
+        every = metrics == "all"
+        told = await _told(anyio.to_thread.run_sync(answers.evidence, here, paper, scale, every))
+        # Left to itself the SDK would send all of the structured content a second time, as text.
+        text = TextContent(type="text", text=answers.evidence_markdown(told))
+        return CallToolResult(content=[text], structuredContent=told.model_dump(mode="json"))
 
     @server.tool(
         description=(

@@ -34,7 +34,7 @@ def _page(
 def submit(request: Request, here: Here, reader: Writer, url: Annotated[str, Form(max_length=2000)] = "") -> Response:
     """Take a paper in, or say why not."""
     try:
-        done = submissions.submit(here.store, reader, url, today=here.today())
+        done = submissions.submit(here.store, reader, url, today=here.today(), fetch=here.settings.fetch)
     except Problem as problem:
         if problem.field != "url":
             raise

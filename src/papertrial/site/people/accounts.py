@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from papertrial.feed import people_schema as tables
+from papertrial.feed.delivery_schema import subscriptions
 from papertrial.feed.store import Store, utc_now
 from papertrial.site.errors import Problem
 from papertrial.site.keys import new_token, token_hash
@@ -345,7 +346,7 @@ def update_profile(store: Store, reader: Reader, *, name: str | None = None, ful
 
 
 def delete_account(store: Store, user_id: int) -> None:
-    """Delete an account with everything that belongs to it. The last administrator cannot go.
+    """Delete an account with everything that belongs to it or its address. The last administrator cannot go.
 
     Raises
     ------
@@ -354,7 +355,8 @@ def delete_account(store: Store, user_id: int) -> None:
     """
     users = tables.users
     with store.writing() as connection:
-        role = connection.execute(sa.select(users.c.role).where(users.c.id == user_id)).scalar()
+        found = connection.execute(sa.select(users.c.role, users.c.email).where(users.c.id == user_id)).first()
+        role, email = found or (None, None)
         admins = connection.execute(sa.select(sa.func.count()).where(users.c.role == "admin")).scalar_one()
         if role == "admin" and admins == 1:
             raise Problem(409, "the last administrator cannot be deleted; make another one first")
@@ -363,6 +365,9 @@ def delete_account(store: Store, user_id: int) -> None:
             mine = sa.select(table.c.paper_id).where(table.c.user_id == user_id)
             touched |= set(connection.execute(mine).scalars())
         connection.execute(users.delete().where(users.c.id == user_id))
+        # Digests that the address asked for before it had an account belong to nobody else.
+        for table in (subscriptions, tables.sign_in_links):
+            connection.execute(table.delete().where(table.c.email == email))
         pulse.refresh(connection, sorted(touched))
 
 

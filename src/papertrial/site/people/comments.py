@@ -1,5 +1,6 @@
 """Comments in Markdown, one level of replies. A removed one keeps its place, without text, while it has replies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -113,20 +114,26 @@ def remove_comment(store: Store, reader: Reader, comment_id: int) -> None:
         pulse.refresh(connection, [row.paper_id])
 
 
-#: Built once: every paper's page asks for it.
+#: Built once: every paper's page asks for it. The newest, so that what somebody just said is always shown.
 _ON_PAPER = (
     sa.select(tables.comments, tables.users.c.name, tables.users.c.full_name)
     .join(tables.users, tables.users.c.id == tables.comments.c.user_id)
-    .where(tables.comments.c.paper_id == sa.bindparam("paper"))
-    .order_by(tables.comments.c.id)
+    .where(tables.comments.c.paper_id == sa.bindparam("paper"), tables.comments.c.id < sa.bindparam("before"))
+    .order_by(tables.comments.c.id.desc())
     .limit(MOST_SHOWN)
 )
 
 
-def comments_on(store: Store, paper_id: int) -> list[Comment]:
-    """The comments on a paper: each with its replies behind it, oldest first."""
+def comments_on(store: Store, paper_id: int, *, before: int | None = None) -> list[Comment]:
+    """The newest comments on a paper, at most `MOST_SHOWN`: each with its replies behind it, oldest first.
+
+    Parameters
+    ----------
+    before
+        The number of a comment: only older ones.
+    """
     with store.reading() as connection:
-        rows = connection.execute(_ON_PAPER, {"paper": paper_id}).all()
+        rows = connection.execute(_ON_PAPER, {"paper": paper_id, "before": before or 2**63 - 1}).all()
     answered = {row.parent_id for row in rows if row.removed is None}
     kept = [row for row in rows if row.removed is None or row.id in answered]
     there = {row.id for row in kept}
@@ -146,6 +153,16 @@ def comments_on(store: Store, paper_id: int) -> list[Comment]:
         )
         for row in kept
     ]
+
+
+def older_than(store: Store, paper_id: int, shown: Sequence[Comment]) -> int:
+    """How many comments on a paper are older than all of the shown ones."""
+    if not shown:
+        return 0
+    table = tables.comments
+    count = sa.select(sa.func.count()).where(table.c.paper_id == paper_id, table.c.removed.is_(None))
+    with store.reading() as connection:
+        return int(connection.execute(count.where(table.c.id < min(one.id for one in shown))).scalar_one())
 
 
 def _own(

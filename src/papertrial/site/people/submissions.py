@@ -5,7 +5,6 @@ ever fetched, from arXiv's own address: an address that somebody types is read f
 submission can make the service call anything else.
 """
 
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +20,15 @@ from papertrial.feed.store import Store, utc_now
 from papertrial.site.errors import Problem
 from papertrial.site.people.accounts import Reader
 
-log = logging.getLogger("papertrial.site")
-
 SUBMISSIONS_A_DAY = 20
+#: Times that arXiv says it does not have a paper before that is believed, and how long it may be out of reach.
 ATTEMPTS = 5
+PATIENCE = timedelta(days=1)
+#: How long the job waits for another fetch from arXiv to end.
+PATIENT_SECONDS = 300.0
+ASKED = "arXiv is being asked"
+NOT_REACHED = "arXiv cannot be reached just now; it is asked again for a day"
+NOT_ASKED = "this service does not go to the network now, so arXiv is not asked"
 _HOSTS = frozenset(
     (
         "arxiv.org",
@@ -98,7 +102,9 @@ def parts_are_web(text: str) -> bool:
     return "://" not in text or text.lower().startswith(("http://", "https://"))
 
 
-def submit(store: Store, reader: Reader, text: str, *, today: date, for_feed: bool = True) -> Submission:
+def submit(
+    store: Store, reader: Reader, text: str, *, today: date, for_feed: bool = True, fetch: bool = True
+) -> Submission:
     """Bring a paper in.
 
     Parameters
@@ -109,15 +115,21 @@ def submit(store: Store, reader: Reader, text: str, *, today: date, for_feed: bo
         The feed's day, under which the paper is shown if no feed had it before.
     for_feed
         Whether it shall be in the daily feed, or only be indexed.
+    fetch
+        Whether arXiv may be asked for what the catalogue does not have.
 
     Raises
     ------
     Problem
-        422 for what is not an arXiv id; 429 after `SUBMISSIONS_A_DAY`.
+        422 for what is not an arXiv id; 429 after `SUBMISSIONS_A_DAY`; 503 where arXiv would have to be asked and may
+        not be.
     """
     arxiv_id = arxiv_id_of(text)
     table, now = tables.submissions, utc_now()
     paper = store.by_arxiv_id(arxiv_id)
+    if paper is None and not fetch:
+        reason = "is not in the catalogue, and this service does not ask arXiv (its setting FETCH is off)"
+        raise Problem(503, f"url: {arxiv_id} {reason}", field="url")
     with store.writing() as connection:
         mine = sa.select(table).where(table.c.user_id == reader.id)
         recent = connection.execute(mine.where(table.c.created > now - timedelta(days=1))).all()
@@ -132,7 +144,7 @@ def submit(store: Store, reader: Reader, text: str, *, today: date, for_feed: bo
             "url": text.strip()[:300],
             "for_feed": for_feed,
             "state": "waiting" if paper is None else "done",
-            "message": "" if paper is not None else "arXiv is being asked",
+            "message": "" if paper is not None else ASKED,
             "attempts": 0,
             "paper_id": None if paper is None else paper.id,
             "created": now,
@@ -161,7 +173,13 @@ def waiting(store: Store) -> list[tuple[int, str, bool]]:
 
 
 def work_off(store: Store, today: date) -> None:
-    """Ask arXiv about the submissions that wait, in one request; several failures in a row refuse them."""
+    """Ask arXiv about the submissions that wait, in one request.
+
+    Raises
+    ------
+    PapertrialError
+        arXiv cannot be reached or does not answer; the submissions wait on, for at most a day.
+    """
     rows = waiting(store)
     if not rows:
         return
@@ -171,18 +189,33 @@ def work_off(store: Store, today: date) -> None:
     wanted = list(dict.fromkeys(arxiv_id for _, arxiv_id, _ in rows))
     params = {"id_list": ",".join(wanted), "max_results": str(len(wanted))}
     try:
-        with polite_client().session() as session:
+        with polite_client(PATIENT_SECONDS).session() as session:
             answer = session.get(api_url(), params, whole=lambda body: b"</feed>" in body[-200:])
         if not answer.is_success:
             raise PapertrialError(f"arXiv answered {answer.status_code}")
         store.upsert(record for record in parse_arxiv_xml(answer.content).records if record.arxiv_id in wanted)
-    except PapertrialError as error:
-        log.warning("submissions: %s", error)
+    except PapertrialError:
+        settle(store, rows, today, answered=False)
+        raise
     settle(store, rows, today)
 
 
-def settle(store: Store, rows: Sequence[tuple[int, str, bool]], today: date) -> None:
-    """Note which of the submissions the catalogue has by now, and who waited too long."""
+def not_asked(store: Store) -> None:
+    """Say of what waits that nobody is asked about it: the service's setting was changed meanwhile."""
+    table = tables.submissions
+    with store.writing() as connection:
+        waits = (table.c.state == "waiting", table.c.message != NOT_ASKED)
+        connection.execute(table.update().where(*waits).values(message=NOT_ASKED))
+
+
+def settle(store: Store, rows: Sequence[tuple[int, str, bool]], today: date, *, answered: bool = True) -> None:
+    """Note which of the submissions the catalogue has by now, and who waited too long.
+
+    Parameters
+    ----------
+    answered
+        Whether arXiv answered: only then can it be said that it does not have a paper.
+    """
     table, now = tables.submissions, utc_now()
     for number, arxiv_id, for_feed in rows:
         paper = store.by_arxiv_id(arxiv_id)
@@ -194,9 +227,13 @@ def settle(store: Store, rows: Sequence[tuple[int, str, bool]], today: date) -> 
                 values = {"state": "done", "message": "", "paper_id": paper.id, "finished": now}
                 connection.execute(mine.values(**values))
                 continue
-            connection.execute(mine.values(attempts=table.c.attempts + 1))
-            refusal = {"state": "refused", "message": "arXiv does not have it, or cannot be reached", "finished": now}
-            connection.execute(mine.where(table.c.attempts >= ATTEMPTS).values(**refusal))
+            if answered:
+                connection.execute(mine.values(attempts=table.c.attempts + 1, message=ASKED))
+                too_long, reason = table.c.attempts >= ATTEMPTS, "arXiv does not have it"
+            else:
+                connection.execute(mine.values(message=NOT_REACHED))
+                too_long, reason = table.c.created <= now - PATIENCE, "arXiv could not be reached for a day"
+            connection.execute(mine.where(too_long).values(state="refused", message=reason, finished=now))
 
 
 def submissions_of(store: Store, user_id: int, limit: int = 50) -> list[Submission]:

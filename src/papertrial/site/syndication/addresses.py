@@ -65,11 +65,11 @@ def renew(store: Store, user_id: int) -> None:
 
 
 def _nonce(store: Store, user_id: int) -> str | None:
-    """What is sealed for an account: empty at first; None where there is no such account."""
+    """What is sealed for an account: empty at first; None where there is no such account, or it is blocked."""
     query = (
         sa.select(sa.func.coalesce(feed_keys.c.nonce, ""))
         .select_from(users.outerjoin(feed_keys, feed_keys.c.user_id == users.c.id))
-        .where(users.c.id == user_id)
+        .where(users.c.id == user_id, users.c.role != "blocked")
     )
     with store.reading() as connection:
         found = connection.execute(query).scalar()

@@ -15,6 +15,7 @@ from papertrial.lab.trial import ProgressListener
 if TYPE_CHECKING:
     from papertrial.lab.runner import RunPlan
 
+LAST_SECONDS = 5.0
 RunSeed = Callable[["RunPlan", int, ProgressListener], TrialRecord]
 
 
@@ -48,9 +49,9 @@ def run_side_by_side(
     """
     context = multiprocessing.get_context("spawn")
     tasks, events = context.Queue(), context.Queue()
-    for seed in seeds:
-        tasks.put(seed)
     count = min(plan.workers, len(seeds))
+    for task in (*seeds, *[None] * count):  # None: there is nothing more
+        tasks.put(task)
     processes = [
         context.Process(target=_work, args=(run_seed, plan, tasks, events, os.getpid()), daemon=True)
         for _ in range(count)
@@ -76,6 +77,8 @@ def run_side_by_side(
                 yield TrialRecord.model_validate_json(content)
             else:
                 raise content
+        for process in processes:
+            process.join(LAST_SECONDS)  # they give back what libraries hold in the system
     finally:
         for process in processes:
             process.terminate()
@@ -88,10 +91,10 @@ def _work(run_seed: RunSeed, plan: "RunPlan", tasks: Any, events: Any, parent: i
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     while True:
         try:
-            seed = tasks.get(timeout=1)
-        except queue.Empty:
-            return
+            seed = tasks.get()
         except KeyboardInterrupt:
+            return
+        if seed is None:
             return
         try:
             record = run_seed(plan, seed, _Sender(events, seed))

@@ -98,7 +98,8 @@ def served(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         app = create_app(Settings.model_validate(IN_PROCESS))
         upkeep.update_index_now(app.state.context)
         app.state.context.close()
-        server = start_server(home, page_quota=0, page_quota_signed_in=0, api_quota=0, api_quota_signed_in=0)
+        names = ("page_quota", "page_quota_signed_in", "api_quota", "api_quota_signed_in", "letter_quota")
+        server = start_server(home, **dict.fromkeys(names, 0))
         yield server
         server.stop()
 

@@ -45,7 +45,8 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        serve.serve(port=int(line), encoder=False, fetch=False, api_quota=0, api_quota_signed_in=0, page_quota=0)
+        quotas = dict.fromkeys(("api_quota", "api_quota_signed_in", "page_quota", "letter_quota"), 0)
+        serve.serve(port=int(line), encoder=False, fetch=False, **quotas)
         os._exit(0)
     print(child, flush=True)
 """

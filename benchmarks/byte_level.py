@@ -5,9 +5,14 @@
 - re-encode: every sequence that ends before the cut is run whole, without a cache (what the definition asks for);
 - cold start: the covers of each longer text anew, one pass over the base and one over what goes on from it;
 - incremental: the shipped way, a few tokens a byte on top of the cache;
+- calls: one cached forward pass of the same model on one token for every byte, the price that the paper names;
 - tokens: the same model on the same text, one cached forward pass a token, for scale.
 
 Validity of sequences is remembered between texts, as in use: the first line says what it costs while nothing is.
+
+Then the same with a vocabulary as large as released ones: ``--vocabulary`` tokens of byte-level BPE trained on the
+shipped corpora, under a small untrained model, one text, for each way to judge validity; and, for ``exact``, against
+asking the encoder about every token of the vocabulary. 0 leaves this part out.
 """
 
 import argparse
@@ -17,11 +22,17 @@ from collections.abc import Callable
 
 import torch
 from machine import machine
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from papertrial.lm.corpora import corpus, unseen_by
 from papertrial.lm.generation import StepDecoder, evaluating, left_pad
 from papertrial.lm.models import load
-from papertrial.papers.tokenization.byte_level_probabilities.method import ByteLevelLM, encode_prompt
+from papertrial.lm.tokenizers import train_bpe
+from papertrial.papers.tokenization.byte_level_probabilities.method import (
+    ByteLevelLM,
+    Validity,
+    encode_prompt,
+)
 
 
 def main() -> None:
@@ -33,12 +44,13 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--vocabulary", type=int, default=50_000)
+    parser.add_argument("--long-bytes", type=int, default=120, help="bytes read with the large vocabulary")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     checkpoint = load(options.model)
     lm = ByteLevelLM(checkpoint.model, checkpoint.tokenizer, options.validity)
-    plain = ByteLevelLM(checkpoint.model, checkpoint.tokenizer, options.validity)
-    plain._caching, plain.validity = False, lm.validity
+    plain = ByteLevelLM(checkpoint.model, checkpoint.tokenizer, lm.validity, caching=False)
     documents = corpus("code").documents("test")
     if options.model.startswith("house:"):
         documents = unseen_by(options.model, documents)
@@ -57,13 +69,10 @@ def main() -> None:
         ends = range(options.context, options.context + options.bytes)
         return torch.stack([model.next_byte_logprobs(model.start([text[:end] for text in texts])) for end in ends])
 
+    pairs = list(zip(texts, prompts, strict=True))
+
     def tokens() -> None:
-        before, mask = left_pad([encode_prompt(lm, prompt) for prompt in prompts], 0)
-        count = max(len(encode_prompt(lm, text)) for text in texts) - before.shape[1]
-        with evaluating(lm.model):
-            decoder = StepDecoder(lm.model, before, mask)
-            for _ in range(count):
-                decoder.step(decoder.logits.argmax(-1))
+        calls(lm, prompts, max(len(encode_prompt(lm, t)) - len(encode_prompt(lm, p)) for t, p in pairs))
 
     start = time.perf_counter()
     exact = incremental()
@@ -73,6 +82,7 @@ def main() -> None:
         "re-encode": lambda: cold(plain),
         "cold start": lambda: cold(lm),
         "incremental": incremental,
+        "calls": lambda: calls(lm, prompts, options.bytes),
         "tokens": tokens,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -87,11 +97,64 @@ def main() -> None:
         f"{options.context}, validity {options.validity}"
     )
     total = len(texts) * options.bytes
-    print(f"{'first time':12} {total / first:9,.0f} bytes/s   (validity of {len(lm.validity._remembered)} tails found)")
+    print(f"{'first time':12} {total / first:9,.0f} bytes/s   (validity of what may follow not known yet)")
     base = statistics.median(seconds["re-encode"])
     for name, values in seconds.items():
         median = statistics.median(values)
         print(f"{name:12} {total / median:9,.0f} bytes/s   {base / median:6.2f} x re-encode")
+    if options.vocabulary:
+        large_vocabulary(options.vocabulary, options.long_bytes)
+
+
+def calls(lm: ByteLevelLM, prompts: list[bytes], count: int) -> None:
+    """``count`` forward passes, each on one more token of every prompt."""
+    before, mask = left_pad([encode_prompt(lm, prompt) for prompt in prompts], 0)
+    with evaluating(lm.model):
+        decoder = StepDecoder(lm.model, before, mask)
+        for _ in range(count):
+            decoder.step(decoder.logits.argmax(-1))
+
+
+def large_vocabulary(size: int, count: int) -> None:
+    """CPU seconds a byte of one text, read byte by byte."""
+    texts = [document.text for name in ("code", "prose") for document in corpus(name).documents("train")]
+    tokenizer = train_bpe(texts, size)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config).eval()
+    text = next(d.text for d in corpus("code").documents("test") if d.text.isascii() and len(d.text) > 4000).encode()
+    start, data = text[2000:2060], text[2060 : 2060 + count]
+    lm = ByteLevelLM(model, tokenizer, "off")
+    began = time.process_time()
+    calls(lm, [start], count)
+    price = (time.process_time() - began) / count
+    print(f"\nvocabulary {len(tokenizer)}, one text of {count} bytes, model of {model.num_parameters():,} parameters")
+    print(f"{'one model call a byte':34} {1e3 * price:8.1f} ms a byte")
+    for mode in ("off", "pairwise", "exact"):
+        began = time.process_time()
+        lm = ByteLevelLM(model, tokenizer, mode)
+        state = lm.start(start)
+        first, began = time.process_time() - began, time.process_time()
+        for byte in data:
+            lm.next_byte_logprobs(state)
+            state = lm.advance(state, byte)
+        each = (time.process_time() - began) / count
+        print(
+            f"{'validity ' + mode:34} {1e3 * each:8.1f} ms a byte   {each / price:6.2f} calls   (start: {first:.1f} s)"
+        )
+    tails = [source.tail for source in state.rows[0].sources] or [()]
+    began = time.process_time()
+    asked = [lm.validity.accepts(tails[0], token) for token in range(lm.tokens.size)]
+    print(f"{'asking the encoder for every token':34} {1e3 * (time.process_time() - began):8.1f} ms a mask")
+    fresh = Validity(lm.tokens)
+    assert fresh.mask(tails[0]).tolist() == asked
 
 
 if __name__ == "__main__":

@@ -1,28 +1,34 @@
 """Plain encoding, token healing and the exact byte-level sum, at prompts cut at any byte of held-out source code.
 
-A seed is its own set of cuts. Three questions are asked of one code model: how well it predicts the next byte of the
+A seed is its own set of cuts. Questions are asked of one code model: how well it predicts the next byte of the
 text (half of the cuts inside a token of the canonical encoding, half between tokens), and how often greedy decoding
-completes an identifier that was cut at any character. A second code model with another vocabulary joins it for the
-ensemble, and a Markov chain over bytes, whose token model is known in closed form, says whether "exact" is exact.
+completes an identifier that was cut at any character. A copy of it, trained for a moment to fill gaps between a prefix
+and a suffix, is asked for the rest of lines that were cut at any character. A second code model with another vocabulary
+joins for the ensemble, and a Markov chain over bytes, whose token model is known in closed form, says whether "exact"
+is exact.
 """
 
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from papertrial.lab.trial import Trial
+from papertrial.lm.anatomy import position_limit
 from papertrial.lm.corpora import corpus, unseen_by
 from papertrial.lm.generation import greedy, left_pad
 from papertrial.lm.models import Checkpoint, load
 from papertrial.lm.tokenizers import train_bpe
 from papertrial.papers.tokenization.byte_level_probabilities.chain import ByteChain, induced_model
+from papertrial.papers.tokenization.byte_level_probabilities.fill_model import FillRecipe, fill_model
+from papertrial.papers.tokenization.byte_level_probabilities.gaps import GAP, Gap, compiles, fill_gap
 from papertrial.papers.tokenization.byte_level_probabilities.method import (
     ByteEnsemble,
     ByteLevelLM,
+    FillTokens,
     encode_prompt,
     healed_next_byte,
     plain_next_byte,
@@ -40,6 +46,9 @@ SCALES = {
         "batch": 8,
         "chain_bytes": 12,
         "chain_text": 20000,
+        "gaps": 2,
+        "gap_suffix": 150,
+        "fill": {"steps": 2, "batch_size": 1, "length": 64, "segments": 40},
         "least_bytes_per_token": 0.0,
         "least_accuracy": 0.0,
     },
@@ -53,6 +62,9 @@ SCALES = {
         "batch": 32,
         "chain_bytes": 48,
         "chain_text": 40000,
+        "gaps": 40,
+        "gap_suffix": 150,
+        "fill": {"steps": 80, "batch_size": 8, "length": 256, "segments": 2000},
         "least_bytes_per_token": 2.5,
         "least_accuracy": 0.3,
     },
@@ -66,6 +78,19 @@ SCALES = {
         "batch": 128,
         "chain_bytes": 400,
         "chain_text": 200000,
+        "gaps": 2000,
+        "gap_suffix": 200,
+        "fill": {
+            "steps": 6000,
+            "batch_size": 64,
+            "length": 512,
+            "segments": 60000,
+            "lr": 6e-4,
+            "width": 640,
+            "layers": 8,
+            "vocabulary": 8192,
+            "precision": "bf16",
+        },
         "least_bytes_per_token": 2.5,
         "least_accuracy": 0.3,
     },
@@ -90,8 +115,9 @@ def run(trial: Trial) -> dict[str, dict[str, float]]:
     """One seed. Bits are of the true next byte; accuracies and matches in percent; bits_per_byte over whole windows."""
     first, second = trial.checkpoint("house:code"), _second(trial)
     lm, other = (ByteLevelLM(c.model, c.tokenizer) for c in (first, second))
+    room = _room(trial, lm)
     documents = _documents(first, second)
-    cuts, bytes_per_token = _cuts(trial, lm, documents, trial["cuts"])
+    cuts, bytes_per_token = _cuts(trial, lm, documents, trial["cuts"], room)
     trial.note("bytes per token of the model's encoding", round(bytes_per_token, 2))
     trial.require(
         bytes_per_token >= trial["least_bytes_per_token"],
@@ -104,8 +130,9 @@ def run(trial: Trial) -> dict[str, dict[str, float]]:
         f"the model predicts {results['plain']['token_end_accuracy']:.0f} % of the bytes after whole tokens; it is too "
         "weak to show what a better conversion gains",
     )
-    _identifiers(trial, lm, documents, results)
-    _ensemble(trial, lm, other, documents, results)
+    _identifiers(trial, lm, documents, room, results)
+    _gaps(trial, first, documents, room, results)
+    _ensemble(trial, lm, other, documents, room, results)
     _known_source(trial, results)
     return results
 
@@ -128,9 +155,22 @@ def _documents(*models: Checkpoint) -> list[bytes]:
     return [document.text.encode() for document in documents if document.text.isascii()]
 
 
-def _place(trial: Trial, documents: list[bytes], generator: torch.Generator) -> tuple[bytes, int, int]:
-    """A document, a byte position uniform over all documents' bytes, and a line start about a context before it."""
-    room, tail = trial["context_bytes"], 2 * LONGEST
+def _room(trial: Trial, lm: ByteLevelLM) -> int:
+    """Bytes of context before a cut: those of the scale, or what the model's position table leaves."""
+    limit, spare = position_limit(lm.model), 2 * LONGEST + 8  # room for a completion, one token a byte
+    trial.require(
+        limit is None or limit >= spare + 40,
+        f"the model has {limit} positions; a prompt and a completion need {spare + 40}: use a model with as many",
+    )
+    room = trial["context_bytes"] if limit is None else min(trial["context_bytes"], limit - spare)
+    if room < trial["context_bytes"]:
+        trial.note("bytes of context that the model has positions for", room)
+    return room
+
+
+def _place(room: int, documents: list[bytes], generator: torch.Generator) -> tuple[bytes, int, int]:
+    """A document, a byte position uniform over all documents' bytes, and a line start about ``room`` before it."""
+    tail = 2 * LONGEST
     sizes = [max(0, len(document) - room - tail) for document in documents]
     at = int(torch.randint(sum(sizes), (1,), generator=generator))
     for document, size in zip(documents, sizes, strict=True):
@@ -142,13 +182,13 @@ def _place(trial: Trial, documents: list[bytes], generator: torch.Generator) -> 
     raise AssertionError("the position lies in some document")
 
 
-def _cuts(trial: Trial, lm: ByteLevelLM, documents: list[bytes], count: int) -> tuple[list[Cut], float]:
+def _cuts(trial: Trial, lm: ByteLevelLM, documents: list[bytes], count: int, room: int) -> tuple[list[Cut], float]:
     """As many cuts inside a token of the canonical encoding as between tokens, and the mean bytes per token."""
     generator, wanted = trial.generator("cuts"), {True: count // 2, False: count - count // 2}
     found: list[Cut] = []
     tokens = size = 0
     while any(wanted.values()):
-        document, at, start = _place(trial, documents, generator)
+        document, at, start = _place(room, documents, generator)
         if start >= at:
             continue
         text = document[start : at + LONGEST]
@@ -176,7 +216,10 @@ def _next_byte(
         "plain": lambda texts: plain_next_byte(lm, texts),
         "token_healing": lambda texts: healed_next_byte(lm, texts),
         "exact": lambda texts: _exact(lm, texts, leaks),
+        "exact_conditioned": lambda texts: conditioned.next_byte_logprobs(conditioned.start(texts)),
     }
+    conditioned = ByteLevelLM(lm.model, lm.tokenizer, lm.validity, renormalise=True)
+    results["exact_conditioned"], probabilities = {}, {}
     leaks: list[float] = []
     true = torch.tensor([cut.after[0] for cut in cuts])
     inside = torch.tensor([cut.inside for cut in cuts])
@@ -184,6 +227,7 @@ def _next_byte(
     for arm, method in methods.items():
         parts = [cuts[i : i + trial["batch"]] for i in range(0, len(cuts), trial["batch"])]
         found = torch.cat([method([c.before for c in part]) for part in trial.track(parts, f"next byte: {arm}")])
+        probabilities[arm] = found.exp()
         bits = -found.gather(1, true[:, None])[:, 0] / math.log(2)
         hit = (found.argmax(1) == true).double()
         for name, where in (("mid_token", inside > 0), ("token_end", inside == 0)):
@@ -194,6 +238,9 @@ def _next_byte(
         own["any_cut_bits"] = share * own["mid_token_bits"] + (1 - share) * own["token_end_bits"]
         depths = [(depth, inside == depth) for depth in range(int(inside.max()) + 1)]
         by_depth[arm] = [(depth, float(bits[here].mean())) for depth, here in depths if int(here.sum()) >= 3]
+    apart = (probabilities["exact"] - probabilities["exact_conditioned"]).abs().amax(1)
+    results["exact_conditioned"]["differs_by_at_most"] = float(apart.max())
+    results["exact_conditioned"]["differs_by_on_average"] = float(apart.mean())
     trial.note("mass on sequences that no encoder makes, %", round(100 * sum(leaks) / len(leaks), 3))
     trial.figure(
         "How wrong the plain encoding is, by the place of the cut",
@@ -215,12 +262,14 @@ def _exact(lm: ByteLevelLM, texts: list[bytes], leaks: list[float]) -> Tensor:
 # -- identifiers -------------------------------------------------------------------------------------------------
 
 
-def _identifiers(trial: Trial, lm: ByteLevelLM, documents: list[bytes], results: dict[str, dict[str, float]]) -> None:
+def _identifiers(
+    trial: Trial, lm: ByteLevelLM, documents: list[bytes], room: int, results: dict[str, dict[str, float]]
+) -> None:
     """How often greedy decoding completes an identifier that was cut at a uniformly drawn character inside it."""
     generator = trial.generator("identifiers")
     cuts: list[Cut] = []
     while len(cuts) < trial["identifiers"]:
-        document, at, start = _place(trial, documents, generator)
+        document, at, start = _place(room, documents, generator)
         word = next((m for m in IDENTIFIER.finditer(document, max(start, at - LONGEST)) if m.end() > at), None)
         if start < at and word is not None and word.start() < at and word.end() - at < LONGEST:
             cuts.append(Cut(document[start:at], document[at : word.end()], at - word.start()))
@@ -272,17 +321,65 @@ def _token_completions(
     return [_word(text) for text in rest]
 
 
+# -- gaps --------------------------------------------------------------------------------------------------------
+
+
+def _gaps(
+    trial: Trial, first: Checkpoint, documents: list[bytes], room: int, results: dict[str, dict[str, float]]
+) -> None:
+    """How often a model that was trained to fill gaps writes the rest of a line that was cut at any character."""
+    recipe = FillRecipe(**trial["fill"])
+    limit = position_limit(first.model)
+    if limit is not None and not recipe.width:
+        recipe = replace(recipe, length=min(recipe.length, limit))
+    texts = [document.text for document in corpus("code").documents("train")]
+    progress = trial.reporter("learning to fill gaps")
+    model, tokenizer = fill_model(first.model, first.tokenizer, texts, recipe, trial.generator("filling"), progress)
+    lm, marks = ByteLevelLM(model, tokenizer), FillTokens.of(tokenizer)
+    generator = trial.generator("gaps")
+    suffix_bytes = min(trial["gap_suffix"], room // 3)
+    before_bytes = room - suffix_bytes if room < trial["context_bytes"] else room
+    gaps: list[Gap] = []
+    while len(gaps) < trial["gaps"]:
+        document, at, start = _place(before_bytes, documents, generator)
+        end = document.find(b"\n", at)
+        if start < at < end <= at + GAP and document[at:end].strip() and document[start:at].strip():
+            gaps.append(Gap(document, start, at, end))
+    made: dict[str, list[bytes]] = {arm: [] for arm in ARMS}
+    for gap in trial.track(gaps, "filling gaps"):
+        for arm, line in fill_gap(lm, marks, gap, suffix_bytes).items():
+            made[arm].append(line)
+    for arm, lines in made.items():
+        pairs = list(zip(lines, gaps, strict=True))
+        hits = [line == gap.document[gap.at : gap.end] for line, gap in pairs]
+        results[arm]["gap_match"] = 100 * sum(hits) / len(hits)
+        fits = [compiles(gap.document[: gap.at] + line + gap.document[gap.end :]) for line, gap in pairs]
+        results[arm]["gap_compiles"] = 100 * sum(fits) / len(fits)
+    differing = [n for n in range(len(gaps)) if len({made[arm][n] for arm in ARMS}) > 1]
+    for n in differing[:3]:
+        gap = gaps[n]
+        outputs = {arm: made[arm][n].decode(errors="replace") for arm in ARMS}
+        outputs |= {"the file": gap.document[gap.at : gap.end].decode()}
+        prompt = gap.document[max(gap.start, gap.at - 90) : gap.at].decode()
+        trial.example("The rest of a line, with the text behind it known", prompt, outputs)
+
+
 # -- two vocabularies --------------------------------------------------------------------------------------------
 
 
 def _ensemble(
-    trial: Trial, lm: ByteLevelLM, other: ByteLevelLM, documents: list[bytes], results: dict[str, dict[str, float]]
+    trial: Trial,
+    lm: ByteLevelLM,
+    other: ByteLevelLM,
+    documents: list[bytes],
+    room: int,
+    results: dict[str, dict[str, float]],
 ) -> None:
     """Bits per byte of windows after cuts anywhere: each model on bytes, and their mean, at every byte anew."""
     generator, length = trial.generator("windows"), trial["window_bytes"]
     windows: list[tuple[bytes, bytes]] = []
     while len(windows) < trial["windows"]:
-        document, at, start = _place(trial, documents, generator)
+        document, at, start = _place(room, documents, generator)
         if start < at:
             windows.append((document[start:at], document[at : at + length]))
     ensemble, totals = ByteEnsemble([lm, other]), torch.zeros(3, dtype=torch.float64)
@@ -298,8 +395,8 @@ def _ensemble(
             if step < length - 1:
                 states = ensemble.advance(states, bytes_)
     code, fine, both = (totals / math.log(2) / (len(windows) * length)).tolist()
-    results["single_code"] = {"bits_per_byte": code}
-    results["single_code_fine"] = {"bits_per_byte": fine}
+    results["first_model"] = {"bits_per_byte": code}
+    results["second_model"] = {"bits_per_byte": fine}
     results["best_single"] = {"bits_per_byte": min(code, fine)}
     results["byte_ensemble"] = {"bits_per_byte": both}
 

@@ -118,8 +118,12 @@ class HealingProcessor(LogitsProcessor):
         return scores.masked_fill(~allowed, -torch.inf)
 
 
-def token_healing(lm: ByteLevelLM, text: Text | Sequence[Text]) -> HealedPrompt:
+def token_healing(
+    lm: ByteLevelLM, text: Text | Sequence[Text], *, prefix_ids: Sequence[int] | None = None
+) -> HealedPrompt:
     """Take back the last token of each prompt; what is generated then begins with that token's bytes.
+
+    ``prefix_ids`` go before every prompt instead of the beginning-of-sequence token, as in :meth:`ByteLevelLM.start`.
 
     Raises
     ------
@@ -127,7 +131,7 @@ def token_healing(lm: ByteLevelLM, text: Text | Sequence[Text]) -> HealedPrompt:
         If nothing is left of a prompt.
     """
     texts, _ = listed("text", text, (str, bytes))
-    sequences = [encode_prompt(lm, one) for one in texts]
+    sequences = [encode_prompt(lm, one, prefix_ids) for one in texts]
     _not_empty([sequence[:-1] for sequence in sequences])
     size = lm.model.get_output_embeddings().weight.shape[0]
     allowed = torch.zeros(len(texts), size, dtype=torch.bool)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from papertrial.lm.worlds.categories import END, LIST, MARKS, NEXT, THE, CategoryWorld
+from papertrial.lm.worlds.categories import END, LIST, MARKS, NEXT, PAD, THE, CategoryWorld
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -75,6 +75,31 @@ def test_batches_hold_the_share_of_lists_that_was_asked_for(world):
     assert all(line[0] in (MARKS[LIST], MARKS[THE]) for line in whole)
 
 
+@pytest.mark.parametrize(("answers", "room"), [(6, 15), (1, 5)])
+def test_documents_hold_one_list_or_uses_that_fit(answers, room):
+    world = CategoryWorld.draw(generator(), categories=9, answers=answers, styles=4, per_style=10)
+    batch = next(world.documents(20, generator(9), facts=0.7))
+    assert batch.shape == (20, 1 + room)
+    assert (batch[:, 0] == END).all()
+    text = [[world.words[i] for i in row if i != PAD] for row in batch.tolist()]
+    assert all(row[-1] == MARKS[END] for row in text)
+    assert all((row[1:] != PAD).int().diff().max() <= 0 for row in batch)  # padding at the end only
+    lists, uses = text[:14], text[14:]
+    assert all(row[1] == MARKS[LIST] and row.count(MARKS[END]) == 2 for row in lists)
+    for row in lists:
+        named = row[4::2]
+        assert len(set(named)) == len(named) == row.count(MARKS[NEXT])
+        assert all(world.is_member(int(row[2][1:]), name) for name in named)
+    assert all(row[1::5] == [MARKS[THE]] * (room // 5) for row in uses)
+    assert torch.equal(batch, next(world.documents(20, generator(9), facts=0.7)))
+
+
+def test_both_kinds_of_documents_are_always_there(world):
+    for facts, lists in ((0.01, 1), (0.99, 3)):
+        batch = next(world.documents(4, generator(), facts=facts))
+        assert int((batch[:, 1] == LIST).sum()) == lists
+
+
 def test_same_generator_same_text(world):
     one, other = (next(world.batches(4, 32, generator(5))) for _ in range(2))
     assert torch.equal(one, other)
@@ -123,6 +148,10 @@ def test_bad_requests_are_refused(world):
         next(world.batches(2, 8, generator(), facts=1.0))
     with pytest.raises(ValueError, match="batch_size"):
         next(world.batches(0, 8, generator()))
+    with pytest.raises(ValueError, match="facts"):
+        next(world.documents(2, generator(), facts=0.0))
+    with pytest.raises(ValueError, match="count must be at least 2"):
+        next(world.documents(1, generator()))
     with pytest.raises(ValueError, match="category must lie in"):
         world.prompt(9)
     with pytest.raises(ValueError, match="twice"):

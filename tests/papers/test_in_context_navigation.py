@@ -11,13 +11,16 @@ from papertrial.papers.decoding.in_context_navigation.method import (
     InContextNavigator,
     KeyReport,
     accuracy_at_k,
+    answer_prompt,
     cluster_keys,
     explored_key_similarity,
+    explored_mass,
     key_weight,
     map_at_k,
     navigate_cot,
     numbered_list,
     rank_adjusted_accuracy,
+    regrouped,
     spurious_key_report,
     ways_list,
 )
@@ -110,6 +113,11 @@ def test_prompts_are_as_described():
     assert numbered_list("Name leagues.", ["NBA", "NFL"]) == 'Name leagues.\n\nAnswer:\n1. "NBA"\n2. "NFL"\n3. "'
     text = ways_list("1 + 1?", ["add"])
     assert text.endswith("### Way 1:\n* **Step 1:**\nadd\n### Way 2:\n* **Step 1:**\n")
+    # the answer is asked for under the same request, in a form that is named, with the way but without its heading
+    asked = text.split("###")[0]
+    assert asked.startswith("1 + 1?\n\n")
+    assert answer_prompt("1 + 1?", "add \n").startswith(f"{asked}* **Step 1:**\nadd\n**Final Answer (digits")
+    assert answer_prompt("1 + 1?", "add", cue='(A or B): "').endswith('\nadd\n(A or B): "')
 
 
 @pytest.mark.parametrize(
@@ -211,6 +219,14 @@ def test_report_splits_the_ranks_after_k_by_cluster():
     swapped = type(clusters)(7 - clusters.ids, clusters.centers.flip(0))
     (again,) = spurious_key_report(model, tokenizer, ["the"], right, swapped, **options)
     assert again.in_main.tolist() == report.in_main.tolist()
+    # answers split by other clusters are those of a report made with them
+    others = cluster_keys(model, 5, seed=1)
+    (expected,) = spurious_key_report(model, tokenizer, ["the"], right, others, **options)
+    moved = regrouped(report, others)
+    assert moved.in_main.tolist() == expected.in_main.tolist() != report.in_main.tolist()
+    assert (moved.token_ids, moved.texts) == (report.token_ids, report.texts)
+    with pytest.raises(ValueError, match=r"clusters are of 10 keys, the report has the token"):
+        regrouped(report, cluster_keys(key_weight(model)[:10], 4))
 
 
 def test_reports_name_impossible_numbers():
@@ -279,8 +295,30 @@ def test_similarity_is_a_mean_over_the_named_tokens():
         each = [explored_key_similarity(model, tokenizer, [context], [[token]]) for token in row]
         assert cosine[i] == pytest.approx(float(np.mean([float(c) for c, _ in each])), abs=1e-5)
         assert score[i] == pytest.approx(float(np.mean([float(s) for _, s in each])), abs=1e-5)
-    with pytest.raises(ValueError, match="at least one token"):
-        explored_key_similarity(model, tokenizer, ["a"], [[]])
+
+
+@pytest.mark.parametrize("measure", [explored_key_similarity, explored_mass])
+def test_tokens_that_are_none_are_named(measure):
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    beyond = len(key_weight(model))
+    for tokens, says in (
+        ([[], [1]], r"tokens\[0\] is empty"),
+        ([[1]], "row for each of the 2 contexts, got 1"),
+        ([[1], [2, beyond]], rf"tokens\[1\] names \[{beyond}\]"),
+        ([[1], [-1]], r"tokens\[1\] names \[-1\]"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            measure(model, tokenizer, ["a", "the"], tokens)
+
+
+@pytest.mark.parametrize("family", CORE)
+def test_explored_mass_is_the_chance_of_any_of_the_tokens(family):
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    contexts, rows = ["the cat", "a"], [[3, 4, 9, 4], [7]]
+    mass = explored_mass(model, tokenizer, contexts, rows)
+    for i, (context, row) in enumerate(zip(contexts, rows, strict=True)):
+        chances = next_scores(model, tokenizer, context).softmax(-1)
+        assert float(mass[i]) == pytest.approx(sum(float(chances[token]) for token in set(row)), abs=1e-6)
 
 
 # -- reasoning ------------------------------------------------------------------------------------------------------
@@ -290,22 +328,41 @@ def ways(question, explored):
     return question + "".join(f" {text[:2]}" for text in explored) + " a"
 
 
+def after_the_way(question, way):
+    return f"{question} {way[:2]} the"
+
+
 @pytest.mark.parametrize("navigate", [True, False])
 def test_the_vote_counts_what_each_way_answers(navigate):
     model, tokenizer = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer()
     vote = navigate_cot(
         model, tokenizer, "the", extract_answer=lambda text: text[:1] or None, n_paths=3, navigate=navigate,
-        template=ways, max_path_tokens=3, max_answer_tokens=2, answer_cue=" the",
+        template=ways, max_path_tokens=3, max_answer_tokens=2, answer_template=after_the_way,
     )  # fmt: skip
     assert len(vote.votes) == len(vote.ways) == 3
     given = [one for one in vote.votes if one is not None]
     assert vote.answer == (max(dict.fromkeys(given), key=given.count) if given else None)
 
 
+def test_the_answer_is_asked_for_in_the_words_that_were_passed():
+    model, tokenizer = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer()
+    asked = []
+
+    def record(question, way):
+        asked.append((question, way))
+        return after_the_way(question, way)
+
+    vote = navigate_cot(
+        model, tokenizer, "the", extract_answer=lambda text: text, n_paths=2, template=ways,
+        answer_template=record, max_path_tokens=3, max_answer_tokens=1,
+    )  # fmt: skip
+    assert asked == [("the", way) for way in vote.ways]
+
+
 def test_ties_go_to_the_first_and_silence_is_no_vote():
     model, tokenizer = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer()
     told = iter(["two", None, "one", "one", "two"])
-    options = {"template": ways, "max_path_tokens": 2, "max_answer_tokens": 1, "answer_cue": " the"}
+    options = {"template": ways, "max_path_tokens": 2, "max_answer_tokens": 1, "answer_template": after_the_way}
     vote = navigate_cot(model, tokenizer, "the", extract_answer=lambda _: next(told), n_paths=5, **options)
     assert vote.answer == "two"
     silent = navigate_cot(model, tokenizer, "the", extract_answer=lambda _: None, n_paths=2, **options)

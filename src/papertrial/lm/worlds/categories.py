@@ -7,7 +7,8 @@ and some are named more often than others.
 
     world = CategoryWorld.draw(generator)
     tokenizer = world.tokenizer()
-    batches = world.batches(32, 64, generator)                 # endless (32, 64) token ids
+    batches = world.batches(32, 64, generator)                 # endless (32, 64) token ids of running text
+    batches = world.documents(32, generator)                   # or of one list, or some uses, in every row
     text = world.prompt(3, explored=["e17"])                   # "; list c3 , e17 ," which asks for another
     world.is_member(3, "e402")
 """
@@ -211,3 +212,24 @@ class CategoryWorld:
             stream = rows[order][kept[order]]
             if len(stream) >= needed:  # short by bad luck only: then another draw
                 yield stream[:needed].view(batch_size, length)
+
+    def documents(self, count: int, generator: torch.Generator, *, facts: float = 0.7) -> Iterator[Tensor]:
+        """Endless batches (count, longest + 1) in which each row stands for itself, as prompts do.
+
+        A row begins with the end of a line. Then it holds one list, in the share ``facts`` of the rows (rounded, at
+        least one of either kind), or as many uses as there is room for; padding fills the rest.
+        """
+        if not 0 < facts < 1:
+            raise ValueError(f"facts is a share between 0 and 1, got {facts}")
+        if count < 2:
+            raise ValueError(f"count must be at least 2, one row of either kind, got {count}")
+        lists = min(max(1, round(facts * count)), count - 1)
+        uses = max(1, self.longest // 5)
+        width = max(self.longest, 5 * uses)
+        while True:
+            batch = torch.full((count, 1 + width), PAD)
+            batch[:, 0] = END
+            ids, mask = self.fact_lines(lists, generator)
+            batch[:lists, 1 : 1 + self.longest] = torch.where(mask, ids, PAD)
+            batch[lists:, 1 : 1 + 5 * uses] = self.style_lines((count - lists) * uses, generator).view(-1, 5 * uses)
+            yield batch

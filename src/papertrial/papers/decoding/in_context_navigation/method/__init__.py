@@ -22,11 +22,13 @@ from papertrial.papers.decoding.in_context_navigation.method.keys import (
     cluster_keys,
     key_weight,
     rank_adjusted_accuracy,
+    regrouped,
     spurious_key_report,
 )
 from papertrial.papers.decoding.in_context_navigation.method.measures import (
     accuracy_at_k,
     explored_key_similarity,
+    explored_mass,
     map_at_k,
 )
 from papertrial.papers.decoding.in_context_navigation.method.navigation import (
@@ -35,7 +37,12 @@ from papertrial.papers.decoding.in_context_navigation.method.navigation import (
     Template,
     numbered_list,
 )
-from papertrial.papers.decoding.in_context_navigation.method.reasoning import VoteResult, navigate_cot, ways_list
+from papertrial.papers.decoding.in_context_navigation.method.reasoning import (
+    VoteResult,
+    answer_prompt,
+    navigate_cot,
+    ways_list,
+)
 
 __all__ = [
     "Exploration",
@@ -45,13 +52,16 @@ __all__ = [
     "Template",
     "VoteResult",
     "accuracy_at_k",
+    "answer_prompt",
     "cluster_keys",
     "explored_key_similarity",
+    "explored_mass",
     "key_weight",
     "map_at_k",
     "navigate_cot",
     "numbered_list",
     "rank_adjusted_accuracy",
+    "regrouped",
     "spurious_key_report",
     "ways_list",
 ]

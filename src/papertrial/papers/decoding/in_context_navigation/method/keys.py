@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -162,14 +162,33 @@ def spurious_key_report(
         decoder = answers.read([template(text, []) for text in instructions])
         ids = answers.scores(decoder).topk(n, dim=-1).indices
         texts = answers.complete(decoder, ids)
-    groups = clusters.ids[ids.cpu()]  # (B, n)
-    in_main = (groups[:, k:, None] == groups[:, None, :k]).any(-1).numpy()
+    in_main = _shared(clusters, ids.cpu(), k)
     reports = []
     for instruction, tokens, row, main in zip(instructions, ids.tolist(), texts, in_main, strict=True):
         said = tuple(answer.text if answer.finished else NOTHING for answer in row)
         correct = np.array([is_correct(instruction, text) for text in said], dtype=np.bool_)
         reports.append(KeyReport(tuple(tokens), said, correct, main, k))
     return reports
+
+
+def _shared(clusters: KeyClusters, ids: Tensor, k: int) -> NDArray[np.bool_]:
+    """Which tokens after the first k share a cluster with one of those, (B, n - k), of ``ids`` (B, n) by rank."""
+    groups = clusters.ids[ids]
+    return (groups[:, k:, None] == groups[:, None, :k]).any(-1).numpy()
+
+
+def regrouped(report: KeyReport, clusters: KeyClusters) -> KeyReport:
+    """The same answers split by other clusters, such as shuffled ones, without asking the model again.
+
+    Raises
+    ------
+    ValueError
+        For clusters that lack one of the report's tokens.
+    """
+    ids = torch.tensor([report.token_ids])
+    if int(ids.max()) >= len(clusters.ids):
+        raise ValueError(f"clusters are of {len(clusters.ids)} keys, the report has the token {int(ids.max())}")
+    return replace(report, in_main=_shared(clusters, ids, report.k)[0])
 
 
 def rank_adjusted_accuracy(reports: Sequence[KeyReport]) -> tuple[float, float]:

@@ -3,7 +3,9 @@
 python -m papertrial.papers.retrieval.xtr.train [--steps 100] [--out folder]
 
 The ranker needs no training: without this it reads the sentence encoder's tokens as they are. What is trained here is
-saved only if, on docstrings of modules held out from training, it ranks better than that.
+saved only if, on docstrings of modules held out from training, it ranks better than that. Docstrings are not papers:
+what is better for them need not be for a catalogue, see ``benchmarks/search_quality.py``. To go back, remove the
+folder.
 """
 
 import argparse

@@ -12,6 +12,13 @@ from papertrial.lm.generation import greedy
 from papertrial.lm.token_bytes import TokenBytes
 from papertrial.lm.tokenizers import BOS, EOS, PAD, byte_alphabet, byte_tokenizer, train_bpe, train_unigram
 from papertrial.papers.tokenization.byte_level_probabilities.chain import ByteChain, induced_model
+from papertrial.papers.tokenization.byte_level_probabilities.fill_model import (
+    MARKS,
+    FillRecipe,
+    fill_model,
+    fill_stream,
+)
+from papertrial.papers.tokenization.byte_level_probabilities.gaps import Gap, compiles, fill_gap
 from papertrial.papers.tokenization.byte_level_probabilities.method import (
     END,
     ByteEnsemble,
@@ -939,3 +946,49 @@ def test_the_name_of_a_special_token_in_a_text_is_text(lms):
     lm = lms("gpt2")
     assert 2 not in encode_prompt(lm, "a<|eos|>b")[1:]
     assert lm.start("a<|eos|>b").texts == [b"a<|eos|>b"]
+
+
+# -- the experiment's model that fills gaps ----------------------------------------------------------------------
+
+
+def test_a_model_learns_to_fill_gaps_and_the_given_one_stays(words):
+    documents = [TEXT * 8]
+    model = tiny_model("llama", vocab_size=len(words), max_position_embeddings=256)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for recipe in (
+        FillRecipe(steps=2, batch_size=2, length=32, segments=20),
+        FillRecipe(steps=2, batch_size=2, length=32, segments=20, width=64, layers=1, vocabulary=300),  # as on a GPU
+    ):
+        filled, tokenizer = fill_model(model, words, documents, recipe, torch.Generator().manual_seed(3))
+        marks = FillTokens.of(tokenizer)
+        assert filled.get_output_embeddings().weight.shape[0] == len(tokenizer) > marks.middle
+        gap = Gap((TEXT * 3).encode(), 0, 8, 12)
+        made = fill_gap(ByteLevelLM(filled, tokenizer), marks, gap, 30)
+        assert set(made) == {"plain", "token_healing", "exact"}
+        assert all(b"\n" not in line for line in made.values())
+        again, same = fill_model(filled, tokenizer, documents, recipe, torch.Generator())  # has marks: nothing to do
+        assert again is filled
+        assert same is tokenizer
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert len(words) == 330
+
+
+def test_rearranged_segments_hold_prefix_and_middle_as_one_text():
+    tokenizer = train_bpe([TEXT * 3], 340, specials=MARKS)
+    recipe = FillRecipe(steps=1, share=1.0, segments=30)
+    stream = fill_stream(tokenizer, [TEXT * 8], recipe, torch.Generator().manual_seed(0)).tolist()
+    marks, count, at = FillTokens.of(tokenizer), 0, 0
+    while at < len(stream):
+        end = stream.index(tokenizer.eos_token_id, at)
+        row = stream[at + 1 : end]
+        assert row[:2] == [marks.prefix, marks.suffix]
+        middle = row.index(marks.middle)
+        suffix, before = (tokenizer.decode(part) for part in (row[2:middle], row[middle + 1 :]))
+        assert before + suffix in TEXT * 8
+        assert tokenizer.encode(before, add_special_tokens=False) == row[middle + 1 :]
+        count, at = count + 1, end + 1
+    assert count == 30
+    with pytest.raises(ValueError, match="more than 600 characters"):
+        fill_stream(tokenizer, ["short"], recipe, torch.Generator())
+    assert compiles(b"x = 1\n")
+    assert not compiles(b"x = (\n")

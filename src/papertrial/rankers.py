@@ -3,8 +3,8 @@
 XTR: every paper is one vector per token, kept under the home folder and brought up to date with the catalogue before
 each search; only papers that are new or changed are encoded. The tokens are those of the sentence encoder as it is; one
 that was trained further (``python -m papertrial.papers.retrieval.xtr.train``) takes its place where there is one;
-trained on docstrings alone it ranked papers a little worse than untrained (``benchmarks/search_quality.py``). It starts more
-slowly than the default search, since it brings PyTorch in.
+trained on docstrings alone it ranked papers a little worse than untrained (``benchmarks/search_quality.py``). It
+starts more slowly than the default search, since it brings PyTorch in.
 """
 
 import hashlib

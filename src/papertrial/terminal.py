@@ -114,8 +114,12 @@ def print_run(console: Console, card: "PaperCard", evidence: "Evidence", judged:
     console.print(table)
     claimed = {name for j in judged for name in (j.claim.baseline, j.claim.method)}
     _print_other_arms(console, evidence, judged, claimed)
-    for j in judged:
-        console.print(f"[{TONES[j.word]}]{j.phrase}[/]: {escape(j.reason)}", highlight=False)
+    said = [(j.claim.metric if j.effect else "", j) for j in judged]  # without an effect the reason is the same for all
+    for line in dict.fromkeys(
+        f"{escape(metric + ': ') if metric else ''}[{TONES[j.word]}]{j.phrase}[/]: {escape(j.reason)}"
+        for metric, j in said
+    ):
+        console.print(line, highlight=False)
 
 
 def _print_other_arms(console: Console, evidence: "Evidence", judged: list["Judgement"], claimed: set[str]) -> None:

@@ -545,7 +545,9 @@ def test_the_newest_comments_are_shown_and_the_older_ones_can_be_asked_for(
     assert len(shown) == most
     assert shown[-1]["id"] == newest["id"]
     assert answer.headers["X-Older-Comments"] == "8"
-    assert "my newest words" in site.client.get(f"/papers/{PAPER}").text
+    page = site.client.get(f"/papers/{PAPER}").text
+    assert "my newest words" in page
+    assert f'/comments?before={min(one["id"] for one in shown)}">8 older comments' in page
     before = site.client.get(f"/api/papers/{PAPER}/comments", params={"before": min(one["id"] for one in shown)})
     assert [one["body"] for one in before.json()] == [f"old {i}" for i in range(8)]
     assert before.headers["X-Older-Comments"] == "0"

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from papertrial.errors import PapertrialError, UsageError
 from papertrial.lab.claim import PaperCard, paper_folders
+from papertrial.python_source import parse
 
 _PARAMETERS = ("checkpoint", "texts", "options", "generator", "on_progress")
 _PLAIN = (int, float, str, bool)
@@ -68,7 +69,7 @@ def applicable() -> list[str]:
 
 
 def _names_apply(source: str) -> bool:
-    for node in ast.parse(source).body:
+    for node in parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name == "apply":
             return True
         if isinstance(node, ast.ImportFrom) and any((a.asname or a.name) == "apply" for a in node.names):

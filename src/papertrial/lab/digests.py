@@ -11,6 +11,7 @@ from typing import Any
 
 from papertrial.errors import UsageError
 from papertrial.lab.claim import PaperCard
+from papertrial.python_source import parse
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -22,7 +23,7 @@ def code_text(source: str) -> str:
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
             if (
@@ -54,13 +55,13 @@ def read_scales(card: PaperCard) -> dict[str, dict[str, Any]]:
 
 def takes_model(card: PaperCard) -> bool:
     """Whether a paper's experiment runs on a checkpoint of the user's choice: it asks its trial for one."""
-    tree = ast.parse((card.folder / "experiment.py").read_text(encoding="utf-8"))
+    tree = parse((card.folder / "experiment.py").read_text(encoding="utf-8"))
     asked = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     return not asked.isdisjoint({"checkpoint", "requested_model"})
 
 
 def _split_scales(source: str, slug: str) -> tuple[dict[str, dict[str, Any]], str]:
-    for node in ast.parse(source).body:
+    for node in parse(source).body:
         target = (
             node.targets[0]
             if isinstance(node, ast.Assign)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from papertrial.lab.claim import PaperCard
+from papertrial.python_source import parse
 
 _MOST = 60
 
@@ -57,7 +58,7 @@ def _read(module: str, sources: tuple[tuple[Path, int], ...]) -> Method | None:
     doc, members = "", []
     for i, (path, _) in enumerate(sources):
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            tree = parse(path.read_text(encoding="utf-8"))
         except (OSError, SyntaxError, ValueError):
             continue
         if i == 0:

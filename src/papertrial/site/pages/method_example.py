@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from papertrial.lab.claim import PaperCard
+from papertrial.python_source import parse
 
 LONGEST_LINE = 88
 _PROMPT = re.compile(r"^\s*(>>>|\.\.\.)( |$)")
@@ -22,7 +23,7 @@ def example(card: PaperCard) -> str | None:
     if path is None:
         return None
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, UnicodeDecodeError):
         return None
     return _from_tree(tree, f"{card.module}.method", path)
@@ -31,7 +32,7 @@ def example(card: PaperCard) -> str | None:
 def given_names(code: str) -> list[str]:
     """Names that a piece of code uses and neither makes, imports nor finds in Python, in the order of their use."""
     try:
-        nodes = list(ast.walk(ast.parse(code)))
+        nodes = list(ast.walk(parse(code)))
     except SyntaxError:
         return []
     made = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
@@ -94,7 +95,7 @@ def _code_in(docstring: str) -> list[str]:
 
 def _does_something(text: str) -> bool:
     try:
-        body = ast.parse(text).body
+        body = parse(text).body
     except (SyntaxError, ValueError):
         return False
     return any(isinstance(n, _DOING) or (isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)) for n in body)

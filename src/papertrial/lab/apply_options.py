@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from papertrial.errors import PapertrialError, UsageError
 from papertrial.lab.claim import PaperCard, paper_folders
-from papertrial.python_source import parse
+from papertrial.lab.python_source import parse
 
 _PARAMETERS = ("checkpoint", "texts", "options", "generator", "on_progress")
 _PLAIN = (int, float, str, bool)

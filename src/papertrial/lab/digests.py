@@ -11,7 +11,7 @@ from typing import Any
 
 from papertrial.errors import UsageError
 from papertrial.lab.claim import PaperCard
-from papertrial.python_source import parse
+from papertrial.lab.python_source import parse
 
 PACKAGE = Path(__file__).resolve().parent.parent
 

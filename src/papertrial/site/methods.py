@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from papertrial.lab.claim import PaperCard
-from papertrial.python_source import parse
+from papertrial.lab.python_source import parse
 
 _MOST = 60
 

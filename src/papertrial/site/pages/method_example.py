@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from papertrial.lab.claim import PaperCard
-from papertrial.python_source import parse
+from papertrial.lab.python_source import parse
 
 LONGEST_LINE = 88
 _PROMPT = re.compile(r"^\s*(>>>|\.\.\.)( |$)")

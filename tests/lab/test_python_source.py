@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from papertrial.python_source import parse
+from papertrial.lab.python_source import parse
 
 
 class Cycle:

@@ -431,7 +431,7 @@ def test_a_step_without_targets_and_a_frozen_model_are_errors():
 # -- several processes -----------------------------------------------------------------------------------------------
 
 SCRIPT = """
-import os, sys, torch
+import os, sys, time, torch
 sys.path.insert(0, {here!r})
 torch.set_num_threads(1)
 import test_training as t
@@ -452,20 +452,29 @@ def told_to_shard():  # of itself, accelerate shards only on accelerators
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
     return accelerator
 
+def leave_together():
+    # Without goodbyes, and only once both are out of the barrier: gloo aborts a process that still hears from another
+    # which leaves. So they tell each other by files.
+    torch.distributed.barrier()
+    marks = [f"{{place}}.out.{{kill_at}}.{{rank}}" for rank in range(2)]
+    open(marks[torch.distributed.get_rank()], "w").close()
+    while not all(map(os.path.exists, marks)):
+        time.sleep(0.01)
+    sys.stdout.flush()
+    os._exit(0)
+
 if sharded:
     training._accelerator = told_to_shard
 model, seen = t.small_model(tie_word_embeddings=False), []
 def look(step):
     seen.append(any(isinstance(p, DTensor) for p in model.parameters()))
     if step == kill_at:
-        torch.distributed.barrier()
-        os._exit(0)  # no goodbyes: gloo aborts where one process leaves before the other
+        leave_together()
 report = training.train(model, list(t.unequal_batches()[:2]), steps=6, optimizer=training.adamw(1e-2),
                         checkpoint=place, checkpoint_every=2, after_step=look)
-rank = torch.distributed.get_rank()
-torch.distributed.destroy_process_group()
-if rank == 0:
+if torch.distributed.get_rank() == 0:
     print(report.resumed_at, any(seen), *report.losses)
+leave_together()
 """
 
 
